@@ -1,0 +1,215 @@
+"""The command line: parse, call, print. Nothing heavy is imported before a command needs it."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn, cast
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from eri import __version__
+from eri.config import load_config
+from eri.errors import ConfigError, EriError, Stopped
+from eri.printable import printable
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="eri",
+    help="LoRA fine-tuning of UNet diffusion models: SD1.5, SD2.x, SDXL and their like.",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+class _Output(Console):
+    """Standard output; when nobody reads it any more, the work goes on all the same."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+out = _Output(highlight=False)
+
+UsageError = cast(type[Exception], typer.BadParameter.__base__)
+"""What every refused command line raises; typer exports only this subclass of it."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _shared(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of every command are read in `main`."""
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as train.steps=100."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew, in a new folder beside the old run.")
+    ] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY", help="Go on although this setting changed since the run began."
+        ),
+    ] = None,
+) -> None:
+    """Train a LoRA; run it again to go on with an unfinished run."""
+    settings = load_config(config, set_ or ())
+    from eri.run.train import train as run
+
+    run(
+        settings,
+        out,
+        dry_run=dry_run,
+        restart=restart,
+        allow_change=frozenset(allow_change or ()),
+    )
+
+
+@app.command("export-lora")
+def export_lora(
+    source: Annotated[Path, typer.Argument(help="A run, a checkpoint or an adapter file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
+    format_: Annotated[
+        Literal["kohya", "diffusers", "peft"],
+        typer.Option("--format", help="kohya is for A1111 and ComfyUI; peft writes a folder."),
+    ] = "kohya",
+    dtype: Annotated[
+        Literal["fp16", "bf16", "fp32"], typer.Option(help="Type of the numbers.")
+    ] = "fp16",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Write an adapter for another program, and read it back to be sure."""
+    from eri.run.export import export
+
+    _say(export(source, output, dialect=format_, precision=dtype, overwrite=overwrite))
+
+
+@app.command()
+def inspect(
+    target: Annotated[Path, typer.Argument(help="An adapter, a base model, a run, a checkpoint.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a file or a folder is and whether it is sound."""
+    from eri.run.inspect import as_json, as_text, inspect_path
+
+    facts = inspect_path(target)
+    if json_:
+        typer.echo(as_json(facts))
+    else:
+        _say(as_text(facts))
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="A run, or a base model: demo, or a folder.")],
+    *,
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; repeatable.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")],
+    adapter: Annotated[Path | None, typer.Option(help="An adapter for the base model.")] = None,
+    strength: Annotated[float, typer.Option(help="Of the adapter; 1 is as trained.")] = 1.0,
+    negative: Annotated[str, typer.Option(help="What to avoid.")] = "",
+    sampler: Annotated[
+        Literal["dpmpp_2m_karras", "euler"], typer.Option(help="Method that draws.")
+    ] = "dpmpp_2m_karras",
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 5.0,
+    seed: Annotated[int, typer.Option(help="Of the first noise.")] = 0,
+    size: Annotated[
+        int | None, typer.Option(min=64, help="Side in pixels; the model's own.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Draw pictures with a base model, with or without an adapter."""
+    from eri.run.sample import Drawing, draw
+
+    drawing = Drawing(
+        model=model,
+        adapter=adapter,
+        strength=strength,
+        prompts=tuple(prompt),
+        negative=negative,
+        sampler=sampler,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        size=size,
+    )
+    _say(draw(drawing, output, overwrite=overwrite))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine offers, and what to mend."""
+    from eri.run.doctor import doctor as look
+
+    facts, problems = look()
+    _say("\n".join(facts))
+    for problem in problems:
+        _say(f"problem: {problem}")
+    _say(f"{len(problems)} problems found" if problems else "everything is in order")
+
+
+def main() -> NoReturn:
+    """Run the command line and leave with the exit code of the contract."""
+    # OpenMP's threads would wait for each other spinning, and crawl wherever something else runs
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
+    try:
+        sys.exit(app(args=arguments, prog_name="eri", standalone_mode=False))
+    except UsageError as error:
+        _fail(_as_config_error(error), debug)
+    except Stopped as stopped:
+        print("eri: stopped", file=sys.stderr)
+        sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except EriError as error:
+        _fail(error, debug)
+
+
+def _as_config_error(error: Exception) -> ConfigError:
+    context = getattr(error, "ctx", None)
+    command = "eri" if context is None else context.command_path
+    what = getattr(error, "format_message", error.__str__)()
+    return ConfigError(what.rstrip("."), hint=f"{command} --help")
+
+
+def _fail(error: EriError, debug: bool) -> NoReturn:
+    """Print what is wrong and what to do, on stderr, and leave."""
+    if debug:
+        traceback.print_exception(error)
+    lines = [f"eri: error: {printable(str(error), limit=500)}"]
+    lines += [f"  {printable(problem, limit=500)}" for problem in error.problems]
+    if error.hint is not None:
+        lines.append(f"hint: {printable(error.hint, limit=500)}")
+    print("\n".join(lines), file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+def _say(text: str) -> None:
+    for line in text.splitlines():
+        out.print(Text(printable(line, limit=1000)), soft_wrap=True)

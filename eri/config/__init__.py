@@ -1,0 +1,29 @@
+"""The settings of a run: typed, strict, from YAML and `--set`; nothing else parses settings."""
+
+from eri.config.dump import dump_config, json_schema, trajectory
+from eri.config.load import load_config
+from eri.config.schema import (
+    TARGETS,
+    Adapter,
+    Config,
+    DataSource,
+    ModelSource,
+    Sample,
+    Save,
+    Train,
+)
+
+__all__ = [
+    "TARGETS",
+    "Adapter",
+    "Config",
+    "DataSource",
+    "ModelSource",
+    "Sample",
+    "Save",
+    "Train",
+    "dump_config",
+    "json_schema",
+    "load_config",
+    "trajectory",
+]

@@ -1,0 +1,277 @@
+"""Every setting of a run: its name, type, default, limits and meaning.
+
+A description is one line with its unit; it is the hint when the value is wrong, and the reference
+in the documentation. A setting is here when the program does what it says, not before.
+"""
+
+import os
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+from eri.files import run_name
+
+__all__ = [
+    "TARGETS",
+    "Adapter",
+    "Config",
+    "DataSource",
+    "ModelSource",
+    "Sample",
+    "Save",
+    "Section",
+    "Train",
+    "settings",
+]
+
+TARGETS = ("attn", "ff", "proj")
+"""The groups of modules that `adapter.targets` may name."""
+
+MAX_NAME_BYTES = 100  # file systems take 255, and the names of files are longer than the folder's
+
+
+class Section(BaseModel):
+    """A group of settings: unknown keys are refused, types are not converted, nothing changes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+# A validator's ValueError says what is allowed; the loader says what was found and where.
+
+
+def _path_text(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    if not isinstance(value, str) or not value:
+        raise ValueError("a path")
+    if any(unicodedata.category(character) == "Cc" for character in value):
+        raise ValueError(r"a path in single quotes (in double quotes \n and \t are escapes)")
+    if value.startswith("~"):
+        raise ValueError("the whole path (~ stands for your home in a shell only)")
+    return value
+
+
+def _path(value: object) -> Path:
+    return Path(str(_path_text(value)))
+
+
+def _list(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _model_source(value: object) -> object:
+    if isinstance(value, str):
+        return {"path": value}
+    if isinstance(value, dict | ModelSource):
+        return value
+    raise ValueError("'demo', a path, or a mapping with the key path")
+
+
+def _data_sources(value: object) -> object:
+    if isinstance(value, str):
+        return ({"path": value},)
+    if isinstance(value, list | tuple) and value:
+        return tuple(value)
+    raise ValueError("a folder, or a list of mappings with the key path")
+
+
+def _named_folder(value: Path) -> Path:
+    name = os.fsencode(value.name)
+    if name in {b"", b".."} or name.startswith(b"-") or len(name) > MAX_NAME_BYTES:
+        raise ValueError(
+            f"a folder whose name, which becomes the adapter's, has at most {MAX_NAME_BYTES} bytes "
+            "and does not begin with -"
+        )
+    return value
+
+
+def _targets(value: str) -> str:
+    groups = value.split("+")
+    if not set(groups) <= set(TARGETS) or len(set(groups)) < len(groups):
+        raise ValueError(f"some of {', '.join(TARGETS)}, each once, joined with +")
+    return value
+
+
+PathText = Annotated[str, BeforeValidator(_path_text)]
+FolderPath = Annotated[Path, BeforeValidator(_path, json_schema_input_type=str)]
+
+
+class ModelSource(Section):
+    """The base model that the adapter is trained on."""
+
+    path: PathText = Field(description="'demo' for the bundled model, or a diffusers folder")
+
+
+class DataSource(Section):
+    """A folder of images with their captions."""
+
+    path: FolderPath = Field(
+        description="folder of images, searched with its subfolders; a caption stands beside its "
+        "image under the same name with .txt or .caption"
+    )
+    resolution: Literal["auto"] | Annotated[int, Field(ge=64, le=4096)] = Field(
+        default="auto",
+        description="side in pixels of the square whose area the images are scaled to; auto is "
+        "the model's own",
+    )
+    missing_caption: Literal["stop", "empty", "filename"] = Field(
+        default="stop",
+        description="for an image without caption: stop, use an empty one, or use its file name",
+    )
+    on_bad: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="for a file that cannot be read: stop, or go on without it and say so",
+    )
+    validation: FolderPath | None = Field(
+        default=None,
+        description="folder of captioned images that are not trained on; their loss is measured "
+        "at the start and the end",
+    )
+
+
+class Adapter(Section):
+    """The LoRA: which modules it changes and how much it can hold."""
+
+    rank: int = Field(default=16, ge=1, le=4096, description="inner dimension of every LoRA pair")
+    alpha: float = Field(
+        default_factory=lambda settings: float(settings["rank"]),
+        gt=0,
+        le=1e6,
+        description="scale of the adapter: its update is multiplied by alpha / rank; the rank "
+        "unless said",
+    )
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of an adapted module's inputs that the adapter does not see in a step",
+    )
+    targets: Annotated[str, AfterValidator(_targets)] = Field(
+        default="attn+ff+proj",
+        description="groups of modules that are adapted: attention, feed-forward, and the "
+        "projections around the transformer blocks",
+    )
+
+
+class Train(Section):
+    """The optimization: how long, how fast, and in which arithmetic."""
+
+    steps: Literal["auto"] | Annotated[int, Field(ge=1, le=10_000_000)] = Field(
+        default="auto", description="optimizer steps; auto derives them from the images"
+    )
+    batch_size: int = Field(default=4, ge=1, le=4096, description="images in a forward pass")
+    accumulate: int = Field(
+        default=1, ge=1, le=4096, description="forward passes whose gradients make one step"
+    )
+    lr: float = Field(default=1e-4, gt=0, le=100, description="learning rate at its highest")
+    weight_decay: float = Field(
+        default=0.01, ge=0, le=1, description="decoupled weight decay of AdamW, times lr in a step"
+    )
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="constant",
+        description="the learning rate after the warm-up: constant, or down to 0 at the last step",
+    )
+    warmup: int = Field(
+        default=0, ge=0, le=10_000_000, description="steps in which the learning rate rises from 0"
+    )
+    optimizer: Literal["adamw"] = Field(
+        default="adamw", description="what turns gradients to steps"
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=1.0, description="gradients of a larger norm are scaled down to it; null never does"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto",
+        description="type that the frozen model computes in; auto is fp32 on the CPU, bf16 where "
+        "the card has it, else fp16 with loss scaling",
+    )
+    backend: Literal["auto", "cuda", "reference"] = Field(
+        default="auto", description="own CUDA kernels where there are some (auto), only, or never"
+    )
+    deterministic: bool = Field(
+        default=False, description="bit-equal repetition on a GPU, at some cost in speed"
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="number that every random draw of the run comes from"
+    )
+
+
+class Save(Section):
+    """What is kept while training."""
+
+    every: int = Field(default=250, ge=1, description="steps between two checkpoints")
+    keep: int = Field(
+        default=2, ge=1, description="newest checkpoints that are kept; adapters are all kept"
+    )
+    metadata: Literal["minimal", "full"] = Field(
+        default="minimal",
+        description="what an adapter file says of its training; full adds captions and paths",
+    )
+
+
+class Sample(Section):
+    """The preview images."""
+
+    every: int = Field(default=250, ge=0, description="steps between two previews; 0 makes none")
+    prompts: Annotated[
+        tuple[str, ...], BeforeValidator(_list, json_schema_input_type=list[str])
+    ] = Field(default=(), description="list of texts to draw; captions of the data if empty")
+    negative: str = Field(default="", description="text that the images are guided away from")
+    steps: int = Field(default=25, ge=1, le=1000, description="denoising steps of an image")
+    guidance: float = Field(
+        default=5.0, ge=0, le=100, description="scale of classifier-free guidance; 1 is without"
+    )
+    sampler: Literal["dpmpp_2m_karras", "euler"] = Field(
+        default="dpmpp_2m_karras", description="method that draws the images"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the first image")
+    size: Literal["auto"] | Annotated[int, Field(ge=64, le=4096, multiple_of=64)] = Field(
+        default="auto", description="side of an image in pixels; auto is the model's own"
+    )
+
+
+def _output_beside_data(settings: dict[str, Any]) -> Path:
+    folder = os.path.abspath(settings["data"][0].path)
+    return Path("runs") / run_name(os.path.basename(folder))
+
+
+class Config(Section):
+    """Everything that a run is told."""
+
+    model: Annotated[
+        ModelSource, BeforeValidator(_model_source, json_schema_input_type=str | ModelSource)
+    ] = Field(description="base model: a path, or a mapping")
+    data: Annotated[
+        tuple[DataSource, ...],
+        BeforeValidator(_data_sources, json_schema_input_type=str | list[DataSource]),
+    ] = Field(description="images: a folder, or a list of mappings")
+    output: Annotated[
+        Path, BeforeValidator(_path, json_schema_input_type=str), AfterValidator(_named_folder)
+    ] = Field(
+        default_factory=_output_beside_data,
+        description="folder of the run; its name is the adapter's; runs/<data folder> unless said",
+    )
+    adapter: Adapter = Field(default=Adapter(), description="the LoRA")
+    train: Train = Field(default=Train(), description="the optimization")
+    save: Save = Field(default=Save(), description="what is kept")
+    sample: Sample = Field(default=Sample(), description="the previews")
+
+
+def settings(
+    section: type[Section] = Config, prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """Every setting below `section`: its path of keys (without list indices) and its field."""
+    for name, field in section.model_fields.items():
+        below = _section_in(field.annotation)
+        yield (*prefix, name), field
+        if below is not None:
+            yield from settings(below, (*prefix, name))
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    candidates = (annotation, *get_args(annotation))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)

@@ -1,0 +1,71 @@
+r"""The noise schedule: how much of an image is left at each timestep, and what the net predicts.
+
+$$x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1 - \bar\alpha_t}\,\epsilon$$
+
+Source: Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239, equation 4.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["NoiseSchedule", "Prediction"]
+
+Prediction = Literal["epsilon", "v_prediction"]
+
+
+class NoiseSchedule:
+    r"""Cumulative products $\bar\alpha_t$ of 1 - β, in float32.
+
+    Args:
+        beta_start: β at timestep 0.
+        beta_end: β at the last timestep.
+        beta_schedule: `scaled_linear` interpolates √β linearly (Stable Diffusion), `linear` β.
+        timesteps: T.
+        prediction: what the net predicts.
+
+    Raises:
+        ValueError: an unknown `beta_schedule` or `prediction`.
+    """
+
+    def __init__(
+        self,
+        *,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        timesteps: int = 1000,
+        prediction: str = "epsilon",
+    ) -> None:
+        powers = {"scaled_linear": 0.5, "linear": 1.0}
+        if beta_schedule not in powers:
+            raise ValueError(f"beta_schedule {beta_schedule!r}: expected one of {list(powers)}")
+        if prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction {prediction!r}: expected epsilon or v_prediction")
+        power = powers[beta_schedule]
+        ends = beta_start**power, beta_end**power
+        roots = torch.linspace(*ends, timesteps, dtype=torch.float64)
+        self.betas = roots ** (1 / power)
+        self.alphas_cumprod = torch.cumprod(1 - self.betas, 0).float()
+        self.timesteps = timesteps
+        self.prediction: Prediction = prediction
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t from x_0 `[B, C, H, W]`, ε of the same shape and t `[B]`; in float32."""
+        signal, spread = self._coefficients(timesteps, latents.device)
+        return signal * latents.float() + spread * noise.float()
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the net should have predicted, in float32.
+
+        ε, or v = √ᾱ·ε - √(1-ᾱ)·x_0 (Salimans and Ho, arXiv 2202.00512, appendix D).
+        """
+        if self.prediction == "epsilon":
+            return noise.float()
+        signal, spread = self._coefficients(timesteps, latents.device)
+        return signal * noise.float() - spread * latents.float()
+
+    def _coefficients(self, timesteps: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        alpha = self.alphas_cumprod.to(device)[timesteps.to(device)][:, None, None, None]
+        return alpha.sqrt(), (1 - alpha).sqrt()

@@ -1,0 +1,306 @@
+"""Adapter files of every dialect, in and out; a file is used whole or not at all."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from eri.errors import ModelError
+from eri.files import commit_folder
+from eri.formats import kohya, peft
+from eri.formats.header import Header, read_header
+from eri.formats.lora_pair import KeyTable, LoRAPair, Part
+from eri.formats.strict_json import parse_object, read_object
+from eri.formats.tensors import cast, data_sha256, load_tensors, save_tensors
+from eri.printable import printable
+
+__all__ = [
+    "AdapterFile",
+    "Dialect",
+    "LoRAPair",
+    "implied_shapes",
+    "read_adapter",
+    "underflow",
+    "write_adapter",
+]
+
+Dialect = Literal["kohya", "diffusers", "peft"]
+
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DIFFUSERS_CONFIG = "lora_adapter_metadata"  # of the header's metadata
+KEYS: dict[Dialect, Callable[[Sequence[str]], KeyTable]] = {
+    "kohya": kohya.keys,
+    "diffusers": partial(peft.keys, prefix=peft.DIFFUSERS_PREFIX),
+    "peft": partial(peft.keys, prefix=peft.PEFT_PREFIX),
+}
+PREFIXES: tuple[tuple[str, Dialect], ...] = (
+    ("lora_unet_", "kohya"),
+    ("lora_te", "kohya"),
+    (peft.PEFT_PREFIX, "peft"),
+    (peft.DIFFUSERS_PREFIX, "diffusers"),
+    ("text_encoder", "diffusers"),
+)
+FLOATS = ("F64", "F32", "F16", "BF16")
+DTYPES: dict[Part, tuple[str, ...]] = {
+    "down": FLOATS,
+    "up": FLOATS,
+    "alpha": (*FLOATS, "I64", "I32"),
+}
+SHOWN = 5  # problems listed in a message
+
+FOREIGN_PARTS = (  # in a key that no module has, what it tells
+    ("lora_te", "it adapts the text encoder too; eri adapts the U-Net alone"),
+    ("text_encoder", "it adapts the text encoder too; eri adapts the U-Net alone"),
+    ("dora_scale", "it is a DoRA; plain LoRA is read"),
+    ("lora_magnitude_vector", "it is a DoRA; plain LoRA is read"),
+    ("hada_", "it is a LoHa; plain LoRA is read"),
+    ("lokr_", "it is a LoKr; plain LoRA is read"),
+    ("lora_mid", "it is a LoCon with a Tucker core; plain LoRA is read"),
+    ("bundle_emb", "it carries embeddings; plain LoRA is read"),
+    ("", "was it made for another family of models?"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFile:
+    """An adapter as it was read: pairs by our module names, and the text of its header."""
+
+    pairs: dict[str, LoRAPair]
+    dialect: Dialect
+    metadata: dict[str, str]
+
+
+def read_adapter(path: Path, modules: Mapping[str, tuple[int, ...]]) -> AdapterFile:
+    """Read an adapter of any dialect for a model.
+
+    Args:
+        path: a safetensors file, or a folder of PEFT.
+        modules: weight shape of every linear layer and convolution of the model, by our name.
+
+    Raises:
+        ModelError: the file is missing, damaged, no adapter, or does not fit the model whole: a
+            key without a module, half a pair, a wrong shape or type, a number that is not finite.
+        DiskError: it may not be read.
+    """
+    file = path / PEFT_WEIGHTS if path.is_dir() else path
+    header = read_header(file)
+    dialect = _dialect(file, header)
+    found = _assign(file, header, KEYS[dialect](list(modules)))
+    _require_fit(file, header, found, modules)
+    config = _config(file, header, dialect)
+    tensors = load_tensors(file)
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        problems = [f"{name}: NaN or infinite" for name in broken]
+        raise _refused(file, "tensors that are not finite", problems, "use another version of it")
+    pairs = {
+        module: _pair(
+            file, config, module, shape, {p: tensors[k] for p, k in found[module].items()}
+        )
+        for module, shape in modules.items()
+        if module in found
+    }
+    return AdapterFile(pairs=pairs, dialect=dialect, metadata=header.metadata)
+
+
+def implied_shapes(path: Path, modules: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The weight shapes that an adapter's own matrices imply, for reading it without its model.
+
+    Args:
+        path: a safetensors file, or a folder of PEFT.
+        modules: our names of the modules that it may speak of.
+
+    Raises:
+        ModelError: the file is missing, damaged or no adapter, has a key without a module or half
+            a pair.
+        DiskError: it may not be read.
+    """
+    file = path / PEFT_WEIGHTS if path.is_dir() else path
+    header = read_header(file)
+    found = _assign(file, header, KEYS[_dialect(file, header)](list(modules)))
+    return {
+        module: (
+            *header.tensors[parts["up"]].shape[:1],
+            *header.tensors[parts["down"]].shape[1:],
+        )
+        for module, parts in found.items()
+    }
+
+
+def write_adapter(
+    pairs: Mapping[str, LoRAPair],
+    path: Path,
+    *,
+    dialect: Dialect,
+    dtype: torch.dtype = torch.float16,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write an adapter: the same bytes for the same pairs, whole or not at all.
+
+    Args:
+        pairs: at least one, by our module names.
+        path: of a file, replaced when it exists; for PEFT of a folder that does not exist yet.
+        dialect: whose names are written.
+        dtype: of the matrices.
+        metadata: text for the header; kohya's files also get the hashes of their data.
+
+    Raises:
+        NonFiniteError: a number is not finite, or too large for `dtype`.
+        OccupiedError: the folder exists.
+        DiskError: the disk is full, or the path may not be written.
+        ValueError: there are no pairs.
+    """
+    if not pairs:
+        raise ValueError("an adapter without a single pair cannot be written")
+    if dialect == "kohya":
+        tensors = cast(kohya.weights(pairs), dtype) | cast(kohya.alphas(pairs), torch.float32)
+        digest = data_sha256(tensors)
+        hashes = {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
+        save_tensors(tensors, path, {**metadata, **hashes})
+    elif dialect == "diffusers":
+        tensors = cast(peft.weights(pairs, peft.DIFFUSERS_PREFIX), dtype)
+        fields = {peft.DIFFUSERS_PREFIX + key: v for key, v in peft.config(pairs).items()}
+        text = json.dumps(fields, indent=2, sort_keys=True)
+        save_tensors(tensors, path, {**metadata, "format": "pt", DIFFUSERS_CONFIG: text})
+    else:
+        tensors = cast(peft.weights(pairs, peft.PEFT_PREFIX), dtype)
+        fields = {"peft_type": "LORA", "task_type": None, "inference_mode": True}
+        text = json.dumps(fields | peft.config(pairs), indent=2, sort_keys=True)
+        with commit_folder(path, identity={"kind": "adapter", "dialect": dialect}) as folder:
+            (folder / PEFT_CONFIG).write_text(text, encoding="utf-8")
+            save_tensors(tensors, folder / PEFT_WEIGHTS, {**metadata, "format": "pt"})
+
+
+def underflow(pairs: Mapping[str, LoRAPair], dtype: torch.dtype) -> float:
+    """The share of the numbers of an adapter, from 0 to 1, that become zero in `dtype`."""
+    lost = total = 0
+    for pair in pairs.values():
+        for matrix in (pair.down, pair.up):
+            lost += int(((matrix != 0) & (matrix.to(dtype) == 0)).sum())
+            total += matrix.numel()
+    return lost / max(total, 1)
+
+
+def _dialect(file: Path, header: Header) -> Dialect:
+    for prefix, dialect in PREFIXES:
+        if any(name.startswith(prefix) for name in header.tensors):
+            return dialect
+    first = ", ".join(printable(name, limit=60) for name in list(header.tensors)[:SHOWN])
+    raise ModelError(
+        f"this is no adapter of a U-Net: its tensors are {first or 'none'}",
+        where=printable(file),
+        hint="a file in the names of kohya, diffusers or PEFT is needed",
+    )
+
+
+def _assign(file: Path, header: Header, table: KeyTable) -> dict[str, dict[Part, str]]:
+    """Key of each part of each module; every key of the file is some part, and both halves are."""
+    found: dict[str, dict[Part, str]] = {}
+    unknown, twice = [], []
+    for key in header.tensors:
+        if key not in table:
+            unknown.append(key)
+            continue
+        module, part = table[key]
+        if part in found.setdefault(module, {}):
+            twice.append(f"{key}: the same as {found[module][part]}")
+        found[module][part] = key
+    if unknown:
+        hint = next(hint for part, hint in FOREIGN_PARTS if any(part in key for key in unknown))
+        raise _refused(file, "keys that belong to no module of this model", unknown, hint)
+    half = [
+        f"{next(iter(parts.values()))}: its {part} matrix is missing"
+        for parts in found.values()
+        for part in ("down", "up")
+        if part not in parts
+    ]
+    if twice or half:
+        raise _refused(file, "pairs that are not whole", twice + half, "download it again")
+    return found
+
+
+def _require_fit(
+    file: Path,
+    header: Header,
+    found: Mapping[str, Mapping[Part, str]],
+    modules: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Types and shapes, out of the header: nothing is read for a file that does not fit."""
+    problems = []
+    for module, parts in found.items():
+        out, *rest = modules[module]
+        rank = next(iter(header.tensors[parts["down"]].shape), 0)
+        expected: dict[Part, tuple[int, ...]] = {
+            "down": (rank, *rest),
+            "up": (out, rank),
+            "alpha": (),
+        }
+        for part, key in parts.items():
+            info = header.tensors[key]
+            if info.dtype not in DTYPES[part]:
+                problems.append(f"{key}: {info.dtype}, not one of {', '.join(DTYPES[part])}")
+            if rank == 0 or _squeezed(info.shape, part) != _squeezed(expected[part], part):
+                problems.append(f"{key}: {list(info.shape)}, the module has {modules[module]}")
+    if problems:
+        hint = "was it made for another family of models?"
+        raise _refused(file, "tensors that do not fit this model", problems, hint)
+
+
+def _squeezed(shape: tuple[int, ...], part: Part) -> tuple[int, ...]:
+    """A shape without the sides of one that files write or leave out: 1×1 kernels, [1] for []."""
+    optional = (1,) if part == "alpha" else (1, 1)
+    kept = 0 if part == "alpha" else 2
+    return shape[:kept] if shape[kept:] == optional else shape
+
+
+def _config(file: Path, header: Header, dialect: Dialect) -> Mapping[str, Any]:
+    """The LoraConfig of a file of PEFT or diffusers; empty where there is none."""
+    if dialect == "peft":
+        return read_object(file.parent / PEFT_CONFIG)
+    text = header.metadata.get(DIFFUSERS_CONFIG)
+    if dialect == "kohya" or text is None:
+        return {}
+    try:
+        fields = parse_object(text)
+    except ValueError as error:
+        what = f"{DIFFUSERS_CONFIG} cannot be read: {printable(str(error))}"
+        raise ModelError(what, where=printable(file)) from error
+    prefix = peft.DIFFUSERS_PREFIX
+    return {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
+
+
+def _pair(
+    file: Path,
+    config: Mapping[str, Any],
+    module: str,
+    shape: tuple[int, ...],
+    parts: Mapping[Part, Tensor],
+) -> LoRAPair:
+    """The parts in the shapes of their module, with the alpha that the file means."""
+    rank = parts["down"].shape[0]
+    try:
+        alpha = float(parts["alpha"]) if "alpha" in parts else peft.alpha(config, module, rank)
+    except ValueError as error:
+        raise ModelError(printable(str(error)), where=printable(file)) from error
+    return LoRAPair(
+        down=parts["down"].reshape(rank, *shape[1:]),
+        up=parts["up"].reshape(shape[0], rank, *(1 for _ in shape[2:])),
+        alpha=alpha,
+    )
+
+
+def _refused(file: Path, what: str, problems: Sequence[str], hint: str) -> ModelError:
+    shown = [printable(problem) for problem in problems[:SHOWN]]
+    if len(problems) > SHOWN:
+        shown.append(f"and {len(problems) - SHOWN} more")
+    return ModelError(
+        f"the adapter has {len(problems)} {what}",
+        where=printable(file),
+        hint=hint,
+        problems=shown,
+    )

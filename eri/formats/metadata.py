@@ -1,0 +1,107 @@
+"""The text in an adapter's header that UIs sort, filter and show it by.
+
+Keys that begin with `ss_` are kohya's, `modelspec.` those of the SAI Model Spec 1.0.1. What an
+adapter was trained on, captions and folders, is in `data_metadata` alone.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from eri import __version__
+
+__all__ = ["adapter_metadata", "data_metadata", "without_data"]
+
+Family = Literal["sd15", "sd21", "sdxl"]
+Prediction = Literal["epsilon", "v_prediction"]
+
+# (family, prediction): kohya's base version, and the architecture of the Model Spec
+BASES: dict[tuple[Family, Prediction], tuple[str, str]] = {
+    ("sd15", "epsilon"): ("sd_v1", "stable-diffusion-v1"),
+    ("sd15", "v_prediction"): ("sd_v1_v", "stable-diffusion-v1"),
+    ("sd21", "epsilon"): ("sd_v2", "stable-diffusion-v2-512"),
+    ("sd21", "v_prediction"): ("sd_v2_v", "stable-diffusion-v2-768-v"),
+    ("sdxl", "epsilon"): ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+    ("sdxl", "v_prediction"): ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+}
+
+ABOUT_THE_ADAPTER = {
+    "ss_base_model_version",
+    "ss_network_alpha",
+    "ss_network_args",
+    "ss_network_dim",
+    "ss_network_module",
+    "ss_output_name",
+    "ss_steps",
+    "ss_v2",
+}
+
+
+def adapter_metadata(
+    *,
+    family: Family,
+    rank: int,
+    alpha: float,
+    name: str,
+    steps: int,
+    resolution: int,
+    prediction: Prediction,
+) -> dict[str, str]:
+    """Header text for an adapter.
+
+    Args:
+        family: of the base model; A1111 hides an adapter whose header tells another one.
+        rank: r.
+        alpha: of every module.
+        name: shown as the title, and what A1111 takes in `<lora:name:1>`.
+        steps: trained.
+        resolution: side of the training images in pixels.
+        prediction: what the net predicts.
+    """
+    base, architecture = BASES[family, prediction]
+    return {
+        "ss_base_model_version": base,
+        "ss_network_alpha": f"{alpha:g}",
+        "ss_network_dim": str(rank),
+        "ss_network_module": "networks.lora",
+        "ss_output_name": name,
+        "ss_steps": str(steps),
+        "ss_v2": str(family == "sd21"),
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.implementation_version": f"eri/{__version__}",
+        "modelspec.prediction_type": "epsilon" if prediction == "epsilon" else "v",
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": name,
+    }
+
+
+def data_metadata(model: str, captions: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Header text that tells what an adapter was trained on.
+
+    Args:
+        model: the base model, by its name or path.
+        captions: of each folder of images, by its path.
+    """
+    folders = {path: {"n_repeats": 1, "img_count": len(texts)} for path, texts in captions.items()}
+    tags = {
+        path: Counter(tag.strip() for text in texts for tag in text.lower().split(","))
+        for path, texts in captions.items()
+    }
+    return {
+        "ss_sd_model_name": model,
+        "ss_num_train_images": str(sum(map(len, captions.values()))),
+        "ss_dataset_dirs": json.dumps(folders),
+        "ss_tag_frequency": json.dumps(tags),
+    }
+
+
+def without_data(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What of a header's text tells of the adapter and nothing of the data, for another file."""
+    return {
+        key: value
+        for key, value in metadata.items()
+        if key in ABOUT_THE_ADAPTER or key.startswith("modelspec.")
+    }

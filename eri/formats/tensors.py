@@ -1,0 +1,158 @@
+"""Tensors in and out of safetensors files; what is written is the same bytes every time.
+
+The reference library keeps metadata in a hash map, so that two of its files differ; here the
+metadata is sorted, and tensors stand as that library orders them: by dtype, widest first, then by
+name.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from eri.errors import ModelError, NonFiniteError
+from eri.files import atomic_write
+from eri.formats.header import DTYPE_BITS, read_header
+from eri.printable import printable
+
+__all__ = ["cast", "data_sha256", "load_tensors", "save_tensors"]
+
+DTYPE_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.complex64: "C64",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+READABLE = set(DTYPE_NAMES.values())
+DTYPE_ORDER = list(DTYPE_BITS)
+SHOWN = 5  # problems listed in a message
+
+
+def load_tensors(
+    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file whose header has passed our own checks.
+
+    Args:
+        path: the file; it must not be changed while its tensors are in use.
+        device: where to.
+        dtype: of floating-point tensors; None keeps theirs. Others keep their own.
+
+    Raises:
+        ModelError: the file is missing, damaged or something else.
+        DiskError: it may not be read.
+    """
+    unknown = sorted({info.dtype for info in read_header(path).tensors.values()} - READABLE)
+    if unknown:
+        raise ModelError(
+            f"tensors of dtype {', '.join(unknown)} cannot be used", where=printable(path)
+        )
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            loaded = ((name, file.get_tensor(name)) for name in file.keys())
+            return {
+                name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+                for name, tensor in loaded
+            }
+    except SafetensorError as error:
+        raise ModelError(
+            f"the tensors cannot be read: {printable(str(error))}",
+            where=printable(path),
+            hint="download it again",
+        ) from error
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file: whole or not at all, and the same bytes for the same content.
+
+    Args:
+        tensors: of any device and layout.
+        path: replaced when it exists.
+        metadata: text by name.
+
+    Raises:
+        DiskError: the disk is full, or the path may not be written.
+        ValueError: a dtype that the format does not have, or a tensor named `__metadata__`.
+    """
+    header: dict[str, object] = {}
+    if metadata:
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    end = 0
+    for name, tensor in _ordered(tensors):
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    with atomic_write(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in _ordered(tensors):
+            file.write(_bytes(tensor))
+
+
+def data_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 in hex of the bytes that `save_tensors` writes behind the header."""
+    digest = hashlib.sha256()
+    for _, tensor in _ordered(tensors):
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors in another floating-point type, every number of them still finite.
+
+    Raises:
+        NonFiniteError: a tensor holds NaN or infinity, or a number too large for `dtype`.
+    """
+    found = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    bad = [name for name, tensor in found.items() if not tensor.isfinite().all()]
+    if bad:
+        name = str(dtype).removeprefix("torch.")
+        problems = [_why(key, tensors[key], name) for key in bad[:SHOWN]]
+        more = [f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+        raise NonFiniteError(
+            f"{len(bad)} of {len(found)} tensors cannot be written as {name}",
+            hint="use an earlier checkpoint, or write fp32",
+            problems=problems + more,
+        )
+    return found
+
+
+def _why(name: str, tensor: Tensor, dtype: str) -> str:
+    bad = int((~tensor.isfinite()).sum())
+    if bad:
+        return f"{printable(name)}: {bad} of {tensor.numel()} numbers are NaN or infinite"
+    return f"{printable(name)}: {tensor.abs().max():.4g} is too large for {dtype}"
+
+
+def _ordered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPE_NAMES or name == "__metadata__":
+            raise ValueError(f"{name!r}: a {tensor.dtype} cannot be written under this name")
+    yield from sorted(
+        tensors.items(),
+        key=lambda item: (-DTYPE_ORDER.index(DTYPE_NAMES[item[1].dtype]), item[0]),
+    )
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data

@@ -1,0 +1,268 @@
+"""The parts that a U-Net stage is made of, and two documented blocks for other nets.
+
+Shapes: B batch, C channels, H W height and width of a map, T tokens (H·W for a map), D width of a
+token, E width of the time embedding, S tokens of the context, K their width.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eri.layers import (
+    GELU,
+    Conv2d,
+    Dropout,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    LoRAAttention,
+    MultiHeadAttention,
+)
+
+__all__ = [
+    "MLP",
+    "BasicTransformerBlock",
+    "GEGLUFeedForward",
+    "ResNetBlock",
+    "SpatialTransformer",
+    "TransformerBlock",
+]
+
+
+class ResNetBlock(nn.Module):
+    r"""Pre-activation residual block of two 3x3 convolutions, with an optional time embedding.
+
+    $$h = \mathrm{conv_1}(\mathrm{silu}(\mathrm{norm_1}\,x)) + W\,\mathrm{silu}(t),\quad
+    y = \mathrm{shortcut}(x) + \mathrm{conv_2}(\mathrm{silu}(\mathrm{norm_2}\,h))$$
+
+    The 1x1 `shortcut` exists where the width changes, else it is None.
+
+    Seed rows: A110–A115.
+
+    Args:
+        in_channels: C of the input; a multiple of `groups`.
+        out_channels: C of the output; a multiple of `groups`.
+        temb_channels: E of the time embedding; None for a block without one.
+        groups: groups of both GroupNorms.
+        eps: added to the variance inside both GroupNorms.
+
+    Raises:
+        ValueError: a channel count is not a multiple of `groups`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        temb_channels: int | None = None,
+        groups: int = 32,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(groups, in_channels, eps)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, 1, 1)
+        self.time_proj = None if temb_channels is None else Linear(temb_channels, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, 1, 1)
+        self.shortcut = (
+            None if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        """Map `x` `[B, C, H, W]` and `temb` `[B, E]` to `[B, C', H, W]`."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time_proj is not None:
+            if temb is None:
+                raise ValueError("ResNetBlock was built with a time embedding: pass temb [B, E]")
+            h = h + self.time_proj(F.silu(temb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.shortcut is None else self.shortcut(x))
+
+
+class GEGLUFeedForward(nn.Module):
+    r"""Gated feed-forward: $W_o\,(v \odot \mathrm{gelu}(g))$ with $[v, g] = W_i\,x$, exact erf.
+
+    Source: Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, section 2.
+
+    Args:
+        dim: D of the tokens.
+        multiplier: hidden width over D.
+    """
+
+    def __init__(self, dim: int, *, multiplier: int = 4) -> None:
+        super().__init__()
+        self.proj_in = Linear(dim, 2 * multiplier * dim)
+        self.proj_out = Linear(multiplier * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens `[B, T, D]` to `[B, T, D]`."""
+        value, gate = self.proj_in(x).chunk(2, dim=-1)
+        return self.proj_out(value * F.gelu(gate))
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each pre-norm with a residual.
+
+    Args:
+        dim: D of the tokens.
+        heads: attention heads; a divisor of D.
+        context_dim: K of the context tokens.
+        lora_rank: rank of the adapters on both attentions; None for none.
+        lora_alpha: their alpha; None scales by 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        context_dim: int,
+        *,
+        lora_rank: int | None = None,
+        lora_alpha: float | None = None,
+    ) -> None:
+        super().__init__()
+
+        def attention(key_dim: int | None) -> LoRAAttention:
+            return LoRAAttention(
+                dim, heads, lora_rank, alpha=lora_alpha, context_dim=key_dim, norm_groups=None
+            )
+
+        self.norm1 = LayerNorm(dim)
+        self.attn1 = attention(None)
+        self.norm2 = LayerNorm(dim)
+        self.attn2 = attention(context_dim)
+        self.norm3 = LayerNorm(dim)
+        self.ff = GEGLUFeedForward(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Map tokens `[B, T, D]` and context `[B, S, K]` to `[B, T, D]`."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a map, with a residual around all of them.
+
+    Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models",
+    arXiv 2112.10752, section 3.3 and appendix E.2.1.
+
+    Args:
+        channels: C of the map and D of its tokens; a multiple of `groups`.
+        heads: attention heads.
+        depth: number of transformer blocks.
+        context_dim: K of the context tokens.
+        linear_projection: whether `proj_in` and `proj_out` are linear (SD2.x, SDXL) or 1x1
+            convolutions (SD1.x).
+        groups: groups of the GroupNorm before the projection.
+        lora_rank: rank of the adapters on the attentions; None for none.
+        lora_alpha: their alpha; None scales by 1.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        depth: int,
+        *,
+        context_dim: int,
+        linear_projection: bool = False,
+        groups: int = 32,
+        lora_rank: int | None = None,
+        lora_alpha: float | None = None,
+    ) -> None:
+        super().__init__()
+
+        def projection() -> Linear | Conv2d:
+            return (
+                Linear(channels, channels) if linear_projection else Conv2d(channels, channels, 1)
+            )
+
+        self.linear_projection = linear_projection
+        self.norm = GroupNorm(groups, channels, 1e-6)
+        self.proj_in = projection()
+        self.blocks = nn.ModuleList(
+            BasicTransformerBlock(
+                channels, heads, context_dim, lora_rank=lora_rank, lora_alpha=lora_alpha
+            )
+            for _ in range(depth)
+        )
+        self.proj_out = projection()
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Map `x` `[B, C, H, W]` and context `[B, S, K]` to `[B, C, H, W]`."""
+        height, width = x.shape[-2:]
+        h = self.norm(x)
+        if self.linear_projection:
+            h = self.proj_in(_tokens(h))
+        else:
+            h = _tokens(self.proj_in(h))
+        for block in self.blocks:
+            h = block(h, context)
+        if self.linear_projection:
+            h = _map(self.proj_out(h), height, width)
+        else:
+            h = self.proj_out(_map(h, height, width))
+        return x + h
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """`[B, C, H, W]` to `[B, H·W, C]`."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def _map(x: Tensor, height: int, width: int) -> Tensor:
+    """`[B, H·W, C]` to `[B, C, H, W]`."""
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width)
+
+
+class MLP(nn.Module):
+    """`fc2(gelu(fc1(x)))`, with the tanh form of GELU.
+
+    Seed rows: A117.
+
+    Args:
+        dim: D of input and output.
+        hidden_dim: width between them; None for four times D.
+        dropout: probability after the activation.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
+        self.fc1 = Linear(dim, hidden_dim)
+        self.act = GELU()
+        self.dropout = Dropout(dropout)
+        self.fc2 = Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., D]` to `[..., D]`."""
+        return self.fc2(self.dropout(self.act(self.fc1(x))))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention and MLP, each with a residual.
+
+    Seed rows: A116, A118, A133.
+
+    Args:
+        dim: D of the tokens.
+        num_heads: attention heads; a divisor of D.
+        mlp_ratio: hidden width of the MLP over D.
+        dropout: probability in the attention weights and after the MLP's activation.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn = MultiHeadAttention(dim, num_heads, dropout)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens `[B, T, D]` to `[B, T, D]`."""
+        h = self.norm1(x)
+        x = x + self.attn(h, h, h)
+        return x + self.mlp(self.norm2(x))

@@ -1,0 +1,1 @@
+"""The verbs: each module turns a config into parts and connects them."""

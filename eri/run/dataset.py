@@ -1,0 +1,159 @@
+"""The images of a run: checked before anything slow, then encoded once with their captions."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress as Bar
+from torch import Tensor
+
+from eri.config import Config, DataSource
+from eri.data import Item, Latents, Progress, Shape, assign, cache_latents, decode, scan
+from eri.models.text import TextEncoder
+from eri.printable import printable
+from eri.run.base import Base, BaseFacts
+from eri.run.objective import Sample
+from eri.train import say
+
+__all__ = ["Encoder", "ImageSet", "Images", "Samples", "look_at_images"]
+
+PROMPTS_AT_ONCE = 16
+EXAMPLES = 4  # training images on the contact sheet
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Checked images, and the shape that each is cut to."""
+
+    items: tuple[Item, ...] = ()
+    shapes: tuple[Shape, ...] = ()
+    fingerprint: str = ""  # of their bytes and captions in their order
+    resolution: int = 0  # side of the largest square whose area they are scaled to
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a run trains on, and what it is measured on."""
+
+    train: ImageSet
+    validation: ImageSet
+
+    def examples(self) -> list[Image.Image]:
+        """A few of the training images, spread evenly."""
+        items = self.train.items
+        count = min(EXAMPLES, len(items))
+        return [decode(items[n * len(items) // count].path).image for n in range(count)]
+
+
+def look_at_images(
+    config: Config, facts: BaseFacts, console: Console, check_stop: Callable[[], None]
+) -> Images:
+    """Find, decode and check every image and caption, and say what their owner may want to know.
+
+    Raises:
+        DataError: something is missing or cannot be used; lists all of it.
+    """
+    held_out = [
+        source.model_copy(update={"path": source.validation, "validation": None})
+        for source in config.data
+        if source.validation is not None
+    ]
+    train = _look(config.data, facts, console, check_stop)
+    validation = _look(held_out, facts, console, check_stop) if held_out else ImageSet()
+    return Images(train, validation)
+
+
+def _look(
+    sources: Sequence[DataSource],
+    facts: BaseFacts,
+    console: Console,
+    check_stop: Callable[[], None],
+) -> ImageSet:
+    with told(console, "checking images", check_stop) as progress:
+        dataset = scan(sources, progress=progress)
+    resolutions = [
+        facts.resolution if source.resolution == "auto" else source.resolution for source in sources
+    ]
+    assignment = assign(dataset.items, resolutions, facts.step)
+    for line in (*dataset.skipped, *dataset.notes, *assignment.notes):
+        say(console, f"note: {line}")
+    return ImageSet(dataset.items, assignment.shapes, dataset.fingerprint, max(resolutions))
+
+
+class Samples(Sequence[Sample]):
+    """Encoded images with the text states of their captions; latents are read when asked for."""
+
+    def __init__(
+        self, items: Sequence[Item], latents: Latents, contexts: dict[str, Tensor]
+    ) -> None:
+        self.items = items
+        self.latents = latents
+        self.contexts = contexts
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # no slices
+        item, latent = self.items[index], self.latents[index]
+        file = printable(item.path)
+        return Sample(file, latent.mean, latent.std, self.contexts[item.caption])
+
+
+class Encoder:
+    """Encodes images and prompts with a base model, and tells how far it is."""
+
+    def __init__(self, console: Console, check_stop: Callable[[], None]) -> None:
+        self.console = console
+        self.check_stop = check_stop
+
+    def samples(self, base: Base, images: ImageSet) -> Samples:
+        """Encode images, from the cache where they are there, and their captions."""
+        captions = list(dict.fromkeys(item.caption for item in images.items))
+        self._tell_what_is_cut(base.text, images)
+        contexts = dict(zip(captions, self.contexts(base.text, captions), strict=True))
+        with told(self.console, "encoding images", self.check_stop) as progress:
+            latents = cache_latents(
+                images.items,
+                images.shapes,
+                base.vae.encode,
+                encoder=f"{base.facts.hashes['vae']} fp32 {base.vae.model.device.type}",
+                progress=progress,
+            )
+        return Samples(images.items, latents, contexts)
+
+    def contexts(self, text: TextEncoder, prompts: Sequence[str]) -> list[Tensor]:
+        """The text states of each prompt, `[S, K]` on the CPU."""
+        states: list[Tensor] = []
+        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+            context, _ = text.encode(prompts[start : start + PROMPTS_AT_ONCE])
+            states += context.cpu().unbind()
+            self.check_stop()
+        return states
+
+    def _tell_what_is_cut(self, text: TextEncoder, images: ImageSet) -> None:
+        for item in images.items:
+            lost = text.tokens_lost(item.caption)
+            if lost:
+                say(
+                    self.console,
+                    f"note: {printable(item.path)}: the caption has {lost} tokens more than the "
+                    f"{text.tokens} that the model reads; its end is cut off",
+                )
+
+
+@contextmanager
+def told(console: Console, what: str, check_stop: Callable[[], None]) -> Iterator[Progress]:
+    """A progress bar for some work; yields the function that the work reports to."""
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+
+        def report(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            check_stop()
+
+        yield report

@@ -1,0 +1,64 @@
+"""What this machine offers a run, what is missing, and the command that mends it."""
+
+import os
+import platform
+import shutil
+from importlib.metadata import version
+
+import torch
+
+import eri
+from eri.errors import EriError
+from eri.files import cache_dir
+from eri.run.base import look_at
+from eri.run.device import choose_device, choose_dtype, unusable_card
+
+__all__ = ["doctor"]
+
+LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "pillow", "pydantic", "numpy")
+
+
+def doctor() -> tuple[list[str], list[str]]:
+    """Look at the machine.
+
+    Returns:
+        Lines that describe it, and problems, each with its mend.
+    """
+    device = choose_device()
+    facts = [
+        f"eri {eri.__version__}, Python {platform.python_version()}, {platform.platform()}",
+        ", ".join(f"{name} {version(name)}" for name in LIBRARIES),
+        f"CPU: {os.cpu_count()} cores, PyTorch uses {torch.get_num_threads()} threads",
+        _card(device),
+    ]
+    problems = []
+    unusable = unusable_card()
+    if unusable is not None:
+        what, mend = unusable
+        problems.append(f"{what}\n  mend: {mend}")
+    try:
+        cache = cache_dir()
+        free = shutil.disk_usage(cache).free / 2**30
+        facts.append(f"cache: {cache}, {free:.0f} GiB free")
+    except EriError as error:
+        problems.append(f"cache: {error}\n  mend: {error.hint}")
+    try:
+        demo = look_at("demo")
+        count = sum(demo.parameters.values())
+        facts.append(
+            f"demo model: {count / 1e6:.1f} M parameters, {demo.resolution}x{demo.resolution}"
+        )
+    except EriError as error:
+        problems.append(f"demo model: {error}\n  mend: install eri again")
+    return facts, problems
+
+
+def _card(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "GPU: none that this PyTorch can use; training runs on the CPU in fp32"
+    properties = torch.cuda.get_device_properties(device)
+    dtype = str(choose_dtype("auto", device)).removeprefix("torch.")
+    return (
+        f"GPU: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
+        f"sm_{properties.major}{properties.minor}, CUDA {torch.version.cuda}; trains in {dtype}"
+    )

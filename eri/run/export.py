@@ -1,0 +1,77 @@
+"""`eri export-lora`: an adapter rewritten for another program, and read back to be sure."""
+
+from pathlib import Path
+
+import torch
+
+from eri.errors import OccupiedError
+from eri.files import disk_errors
+from eri.formats.adapter_file import Dialect, read_adapter, underflow
+from eri.formats.metadata import without_data
+from eri.printable import printable
+from eri.run.adapter_files import find_adapter, layers_in, write_verified
+
+__all__ = ["export", "refuse_existing"]
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+LOST_SHARE_TOLD = 0.01  # of an adapter's numbers becoming zero in the smaller type
+
+
+def export(source: Path, output: Path, *, dialect: Dialect, precision: str, overwrite: bool) -> str:
+    """Write the adapter of a run, a checkpoint or a file in another dialect.
+
+    What its header tells of the training data is left out.
+
+    Args:
+        source: a run, a checkpoint, an adapter file or a PEFT folder.
+        output: the file to write; a folder for `peft`.
+        dialect: `kohya`, `diffusers` or `peft`.
+        precision: `fp16`, `bf16` or `fp32`.
+        overwrite: whether an existing file is replaced; a folder never is.
+
+    Returns:
+        Lines that say what was written.
+
+    Raises:
+        OccupiedError: the output exists.
+        ModelError: the source is not an adapter.
+        NonFiniteError: a number is too large for the precision.
+    """
+    file = find_adapter(source)
+    layers = layers_in(file)
+    adapter = read_adapter(file, layers)
+    refuse_existing(output, overwrite)
+    write_verified(
+        adapter.pairs,
+        output,
+        dialect=dialect,
+        dtype=DTYPES[precision],
+        metadata=without_data(adapter.metadata),
+        layers=layers,
+    )
+    said = f"{printable(output)}: {len(adapter.pairs)} modules, {dialect} names, {precision}"
+    lost = underflow(adapter.pairs, DTYPES[precision])
+    if lost > LOST_SHARE_TOLD:
+        said += f"\nwarning: {100 * lost:.1f} % of its numbers became 0; --dtype fp32 keeps them"
+    return said
+
+
+def refuse_existing(output: Path, overwrite: bool) -> None:
+    """Refuse an output that exists, and make the folder that it will stand in.
+
+    Raises:
+        OccupiedError: it is a folder, or a file that may not be replaced.
+        DiskError: its folder cannot be made.
+    """
+    if output.is_dir():
+        raise OccupiedError(
+            "a folder stands where the output would", where=printable(output), hint="choose a name"
+        )
+    if output.exists() and not overwrite:
+        raise OccupiedError(
+            "the output exists already",
+            where=printable(output),
+            hint="choose another name, or add --overwrite",
+        )
+    with disk_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)

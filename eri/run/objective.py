@@ -1,0 +1,130 @@
+"""What a run minimises: the denoising loss of its images, with every draw keyed by the sample."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eri.diffusion import NoiseSchedule, denoising_loss
+from eri.models.unet import UNet
+from eri.rng import generator, normal
+
+__all__ = ["Objective", "Sample", "SampleBatch", "ValidationLoss", "validate"]
+
+VALIDATION_TIMESTEPS = 8
+VALIDATION_NOISES = 4
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image as the net is trained on it."""
+
+    file: str
+    mean: Tensor  # of its latent, [C, H, W]
+    std: Tensor  # [C, H, W]
+    context: Tensor  # text states of its caption, [S, K]
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """Samples of one shape, and each one's number among all samples of the run."""
+
+    samples: Sequence[Sample]
+    numbers: Sequence[int]
+
+    @property
+    def files(self) -> list[str]:
+        """The file of each sample."""
+        return [sample.file for sample in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+class Objective:
+    """A batch to the loss of each of its samples.
+
+    Noise, timestep and latent draw are functions of the seed and the sample's number in the run,
+    so resuming, and accumulating instead of a larger batch, do not change them.
+
+    Args:
+        unet: with the adapter attached.
+        schedule: of the noise.
+        seed: `train.seed`.
+        drops: whether the adapter has dropout, whose draws are then keyed as well.
+    """
+
+    def __init__(self, unet: UNet, schedule: NoiseSchedule, *, seed: int, drops: bool) -> None:
+        self.unet = unet
+        self.schedule = schedule
+        self.seed = seed
+        self.drops = drops
+
+    def __call__(self, batch: SampleBatch) -> Tensor:
+        """The loss of each sample, float32 `[B]`."""
+        shape = tuple(batch.samples[0].mean.shape)
+        mean = torch.stack([sample.mean for sample in batch.samples])
+        std = torch.stack([sample.std for sample in batch.samples])
+        context = torch.stack([sample.context for sample in batch.samples])
+        latents = mean + std * normal(shape, self.seed, "latent", samples=batch.numbers)
+        noise = normal(shape, self.seed, "noise", samples=batch.numbers)
+        timesteps = torch.stack([self._timestep(number) for number in batch.numbers])
+        if self.drops:
+            draws = generator(self.seed, "dropout", sample=batch.numbers[0])
+            torch.manual_seed(draws.initial_seed())
+        return self.loss_at(latents, noise, timesteps, context)
+
+    def loss_at(self, latents: Tensor, noise: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """The loss of latents `[B, C, H, W]` with these draws, float32 `[B]`."""
+        unet = self.unet
+        context = context.to(unet.device, unet.dtype)
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return unet(x.to(unet.dtype), t, context)
+
+        latents, noise = latents.to(unet.device), noise.to(unet.device)
+        return denoising_loss(predict, latents, noise, timesteps.to(unet.device), self.schedule)
+
+    def _timestep(self, number: int) -> Tensor:
+        draws = generator(self.seed, "timestep", sample=number)
+        return torch.randint(self.schedule.timesteps, (), generator=draws)
+
+
+@dataclass(frozen=True)
+class ValidationLoss:
+    """The loss on held-out images at fixed timesteps and noises."""
+
+    mean: float
+    thirds: tuple[float, float, float]  # of the timesteps, from little noise to much
+
+
+@torch.no_grad()
+def validate(objective: Objective, samples: Sequence[Sample]) -> ValidationLoss:
+    """Measure the loss on held-out images: 8 fixed timesteps times 4 fixed noises for each."""
+    total = objective.schedule.timesteps
+    spread = (torch.arange(VALIDATION_TIMESTEPS) + 0.5) / VALIDATION_TIMESTEPS
+    timesteps = (spread * total).long()
+    unet = objective.unet
+    was_training = unet.training
+    unet.eval()
+    losses = torch.stack([_held_out(objective, sample, timesteps) for sample in samples]).mean(0)
+    unet.train(was_training)
+    thirds = [losses[timesteps * 3 // total == third].mean().item() for third in range(3)]
+    return ValidationLoss(losses.mean().item(), (thirds[0], thirds[1], thirds[2]))
+
+
+def _held_out(objective: Objective, sample: Sample, timesteps: Tensor) -> Tensor:
+    """The loss of one image at each timestep, `[8]` on the CPU, averaged over the noises."""
+    shape, count = tuple(sample.mean.shape), len(timesteps)
+    noises = normal(shape, 0, "validation", samples=range(VALIDATION_NOISES))
+    losses = [
+        objective.loss_at(
+            sample.mean.expand(count, *shape),
+            noise.expand(count, *shape),
+            timesteps,
+            sample.context.expand(count, *sample.context.shape),
+        )
+        for noise in noises
+    ]
+    return torch.stack(losses).mean(0).cpu()

@@ -1,0 +1,87 @@
+"""`eri sample`: pictures from a base model, with or without an adapter."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from eri.adapters import load_adapter
+from eri.config import load_config
+from eri.diffusion import Sampler
+from eri.errors import ConfigError
+from eri.printable import printable
+from eri.run.adapter_files import CONFIG, find_adapter
+from eri.run.base import load_base, look_at
+from eri.run.device import choose_device, choose_dtype
+from eri.run.export import refuse_existing
+from eri.run.memory import memory_errors
+from eri.run.preview import Painter, save_png
+from eri.run.sheet import contact_sheet
+
+__all__ = ["Drawing", "draw"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What to draw, and with what."""
+
+    model: str  # a base model, or a run, whose model and adapter are used
+    adapter: Path | None  # a file; None: the run's own, or none
+    strength: float  # of the adapter
+    prompts: tuple[str, ...]
+    negative: str
+    sampler: Sampler
+    steps: int
+    guidance: float
+    seed: int
+    size: int | None  # side in pixels; None: the model's own
+
+
+def draw(drawing: Drawing, output: Path, *, overwrite: bool = False) -> str:
+    """Draw one picture for each prompt; several come on one sheet.
+
+    Returns:
+        A line that says what was written.
+
+    Raises:
+        OccupiedError: the output exists.
+        ConfigError: a size that the model cannot draw.
+    """
+    refuse_existing(output, overwrite)
+    model, adapter = _model_and_adapter(drawing)
+    facts = look_at(model)
+    size = drawing.size or facts.resolution
+    if size % facts.step:
+        raise ConfigError(
+            f"--size {size} is not a multiple of {facts.step}, as this model needs",
+            where=facts.name,
+        )
+    device = choose_device()
+    with memory_errors():
+        base = load_base(facts, dtype=choose_dtype("auto", device), device=device)
+        if adapter is not None:
+            load_adapter(base.unet, adapter).set_strength(drawing.strength)
+        negative, *contexts = base.text.encode([drawing.negative, *drawing.prompts])[0]
+        painter = Painter(
+            unet=base.unet,
+            vae=base.vae,
+            schedule=base.schedule,
+            sampler=drawing.sampler,
+            steps=drawing.steps,
+            guidance=drawing.guidance,
+            seed=drawing.seed,
+        )
+        pictures = [
+            painter.paint(context, negative, size=size, number=number)
+            for number, context in enumerate(contexts)
+        ]
+    one = len(pictures) == 1
+    save_png(pictures[0] if one else contact_sheet([("", pictures)], drawing.prompts), output)
+    count = "1 picture" if one else f"{len(pictures)} pictures"
+    return f"{printable(output)}: {count} of {size}x{size}"
+
+
+def _model_and_adapter(drawing: Drawing) -> tuple[str, Path | None]:
+    run = Path(drawing.model)
+    if not (run / CONFIG).is_file():
+        return drawing.model, drawing.adapter
+    config = load_config(run / CONFIG)
+    return config.model.path, drawing.adapter or find_adapter(run)

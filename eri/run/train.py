@@ -1,0 +1,256 @@
+"""`eri train`: a config to a finished adapter, and on from wherever an earlier try got to."""
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from eri.config import Config, dump_config, trajectory
+from eri.files import atomic_write, disk_errors, require_space
+from eri.formats.metadata import adapter_metadata, data_metadata
+from eri.run import checkpoints
+from eri.run.adapter_files import CONFIG, finished_adapter, is_finished, shapes_of, write_verified
+from eri.run.base import BaseFacts, look_at
+from eri.run.dataset import Encoder, Images, look_at_images
+from eri.run.device import unusable_card
+from eri.run.folder import claim, own
+from eri.run.memory import memory_errors
+from eri.run.objective import SampleBatch
+from eri.run.parts import Parts, build
+from eri.run.plan import RunPlan, plan_run
+from eri.run.stop import StopSignals
+from eri.run.validation import Validation
+from eri.train import Log, cut, say
+from eri.train import train as train_loop
+
+__all__ = ["train"]
+
+BYTES_OF_A_STATE = 12  # of a trained number: itself and AdamW's two moments, in float32
+
+
+def train(
+    config: Config,
+    console: Console,
+    *,
+    dry_run: bool = False,
+    restart: bool = False,
+    allow_change: frozenset[str] = frozenset(),
+) -> None:
+    """Train a LoRA, or go on with a run that was not finished.
+
+    Args:
+        config: the settings.
+        console: where people read.
+        dry_run: check everything, tell the plan, and stop.
+        restart: begin anew, in a new folder beside the old run.
+        allow_change: settings that may differ from those that the run began with.
+
+    Raises:
+        EriError: see its tree.
+        Stopped: the run was asked to stop, and its state is saved.
+    """
+    unusable = unusable_card()
+    if unusable is not None:
+        say(console, "warning: {}\nhint: {}".format(*unusable))
+    with StopSignals() as stop, disk_errors(config.output), memory_errors():
+        config = claim(config, restart)
+        facts = look_at(config.model.path)
+        with nullcontext() if dry_run else own(config.output):
+            images = look_at_images(config, facts, console, stop.raise_if_stopped)
+            run = _Run(config, console, facts, images, plan_run(config, facts, images))
+            checkpoint = run.look_back(allow_change)
+            if not dry_run and not run.go(checkpoint, stop):
+                stop.raise_if_stopped()
+
+
+class _Run:
+    """One session of work on a run folder, which the caller has locked."""
+
+    def __init__(
+        self, config: Config, console: Console, facts: BaseFacts, images: Images, plan: RunPlan
+    ) -> None:
+        self.config = config
+        self.folder = config.output
+        self.console = console
+        self.facts = facts
+        self.images = images
+        self.plan = plan
+        self.layers = shapes_of(facts.spec)
+        self.identity = _identity(config, facts, images, plan)
+
+    def say(self, text: str) -> None:
+        """Print lines for people."""
+        say(self.console, text)
+
+    def look_back(self, allow_change: frozenset[str]) -> checkpoints.Checkpoint | None:
+        """Tell the plan, and where an earlier session got to; nothing is written.
+
+        Raises:
+            ConfigError: that session had other settings.
+        """
+        self.say("\n".join(self.plan.lines))
+        checkpoint = checkpoints.newest(self.folder, self.say)
+        if checkpoint is not None:
+            checkpoints.refuse_changes(checkpoint, self.identity, allow_change)
+        return checkpoint
+
+    def go(self, checkpoint: checkpoints.Checkpoint | None, stop: StopSignals) -> bool:
+        """Train until the end or until asked to stop.
+
+        Returns:
+            Whether the run is finished.
+        """
+        if is_finished(self.folder, checkpoint, self.plan.loop.steps):
+            self._tell_finished()
+            return True
+        checkpoints.set_aside(self.folder, checkpoint)
+        with atomic_write(self.folder / CONFIG) as file:
+            file.write(dump_config(_resolved(self.config, self.plan)).encode())
+        encoder = Encoder(self.console, stop.raise_if_stopped)
+        parts = build(self.config, self.plan, self.facts, self.images, encoder)
+        size = sum(p.numel() for p in parts.adapter.parameters()) * BYTES_OF_A_STATE
+        require_space(self.folder, size * (self.config.save.keep + 1))
+        if checkpoint is not None:
+            checkpoints.load(checkpoint, parts.state, parts.adapter, self.layers)
+            self.say(f"going on from step {checkpoint.step}")
+        self._train(parts, stop)
+        finished = not stop() and self._finish(parts, stop)
+        if not finished:
+            where = f"step {parts.state.step} of {self.plan.loop.steps}"
+            self.say(f"stopped at {where}; eri train {self.folder / CONFIG} goes on from there")
+        return finished
+
+    def _train(self, parts: Parts, stop: Callable[[], bool]) -> None:
+        state = parts.state
+        log_file = self.folder / "log.jsonl"
+        cut(log_file, state.step)
+        if self.images.validation.items:
+            before = Validation(self.folder, parts, self.images.validation.fingerprint).before()
+            self.say(f"held-out loss {before.mean:.4f} at the start")
+        if self.plan.loop.sample_every and state.step == 0:
+            self.say("drawing the previews of the base model")
+            parts.previews.draw(0, stop)
+
+        def batch(number: int) -> SampleBatch:
+            chosen = self.plan.batches.batch(number)
+            return SampleBatch([parts.samples[n] for n in chosen.indices], chosen.samples)
+
+        with Log(
+            log_file, steps=self.plan.loop.steps, step=state.step, console=self.console
+        ) as log:
+            train_loop(
+                self.plan.loop,
+                state,
+                loss=parts.objective,
+                batch=batch,
+                log=log,
+                sample=lambda step: parts.previews.draw(step, stop),
+                save=lambda: self._save(parts),
+                stop=stop,
+            )
+
+    def _save(self, parts: Parts) -> None:
+        """Write an adapter of this step and the state, then delete old states."""
+        metadata = self._metadata(parts.state.step)
+        name = f"{finished_adapter(self.folder).stem}-{parts.state.step:06}.safetensors"
+        if not (self.folder / "adapters" / name).exists():
+            self._write_adapter(parts, self.folder / "adapters" / name, metadata)
+        checkpoints.save(
+            self.folder, parts.state, parts.adapter, identity=self.identity, metadata=metadata
+        )
+        checkpoints.prune(self.folder, self.config.save.keep)
+
+    def _finish(self, parts: Parts, stop: Callable[[], bool]) -> bool:
+        """Measure and show what was learned, then write the finished adapter, last of all."""
+        step = parts.state.step
+        if self.images.validation.items:
+            images = self.images.validation.fingerprint
+            self.say(Validation(self.folder, parts, images).compare())
+        sheet = None
+        if self.plan.loop.sample_every:
+            sheet = parts.previews.sheet(step, self.images.examples(), stop)
+            if sheet is None:
+                return False
+        path = finished_adapter(self.folder)
+        self._write_adapter(parts, path, self._metadata(step))
+        self.say(f"adapter  {path}")
+        if sheet is not None:
+            self.say(f"picture  {sheet}")
+        return True
+
+    def _write_adapter(self, parts: Parts, path: Path, metadata: dict[str, str]) -> None:
+        path.parent.mkdir(exist_ok=True)
+        write_verified(
+            parts.adapter.pairs(),
+            path,
+            dialect="kohya",
+            dtype=torch.float16,
+            metadata=metadata,
+            layers=self.layers,
+        )
+
+    def _metadata(self, step: int) -> dict[str, str]:
+        metadata = adapter_metadata(
+            family=self.facts.spec.family,
+            rank=self.config.adapter.rank,
+            alpha=self.config.adapter.alpha,
+            name=finished_adapter(self.folder).stem,
+            steps=step,
+            resolution=self.images.train.resolution,
+            prediction=self.facts.noise.prediction_type,
+        )
+        if self.config.save.metadata == "full":
+            metadata |= data_metadata(self.config.model.path, self._captions())
+        return metadata
+
+    def _captions(self) -> dict[str, list[str]]:
+        """The captions of each source, by the path of its folder."""
+        captions: dict[str, list[str]] = {str(source.path): [] for source in self.config.data}
+        for item in self.images.train.items:
+            captions[str(self.config.data[item.source].path)].append(item.caption)
+        return captions
+
+    def _tell_finished(self) -> None:
+        self.say(f"this run is finished: {self.plan.loop.steps} steps are done; nothing to train")
+        self.say(f"adapter  {finished_adapter(self.folder)}")
+        self.say("hint: a larger train.steps trains on; --restart begins anew beside it")
+
+
+def _resolved(config: Config, plan: RunPlan) -> Config:
+    """The settings with every path and number worked out, so that they mean the same anywhere."""
+    model = config.model
+    if model.path != "demo":
+        model = model.model_copy(update={"path": str(Path(model.path).absolute())})
+    data = tuple(
+        source.model_copy(
+            update={
+                "path": source.path.absolute(),
+                "validation": source.validation and source.validation.absolute(),
+            }
+        )
+        for source in config.data
+    )
+    update = {
+        "model": model,
+        "data": data,
+        "output": config.output.absolute(),
+        "train": config.train.model_copy(update={"steps": plan.loop.steps}),
+    }
+    return config.model_copy(update=update)
+
+
+def _identity(config: Config, facts: BaseFacts, images: Images, plan: RunPlan) -> dict[str, object]:
+    """What made the numbers of a run: its settings, its model and its images."""
+    # where the model and the images lie does not matter: their content is in here
+    settings = {k: v for k, v in trajectory(config).items() if not k.endswith("path")}
+    identity = settings | {
+        "model": " ".join(f"{part} {digest}" for part, digest in facts.hashes.items()),
+        "images": images.train.fingerprint,
+        "train.precision": str(plan.dtype).removeprefix("torch."),
+    }
+    if config.train.schedule != "constant":
+        identity["train.steps"] = plan.loop.steps  # the rate of every step depends on the last
+    return json.loads(json.dumps(identity))

@@ -1,0 +1,118 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from eri.adapters import Adapter, attach, load_adapter
+from eri.errors import ModelError
+from eri.formats.adapter_file import Dialect, write_adapter
+from eri.layers import LoRAConv2d, LoRALinear
+from eri.models import UNet, load_unet
+
+X, T, CONTEXT = torch.randn(2, 4, 8, 8), torch.tensor([10, 800]), torch.randn(2, 7, 32)
+
+
+@torch.no_grad()
+def answer(unet: UNet) -> Tensor:
+    return unet(X, T, CONTEXT)
+
+
+@torch.no_grad()
+def randomise(adapter: Adapter) -> Adapter:
+    torch.manual_seed(1)
+    for name, parameter in adapter.named_parameters():
+        parameter.normal_(std=0.05 if "lora_b" in name else 0.2)
+    return adapter
+
+
+def test_a_fresh_adapter_changes_nothing_and_detaching_puts_everything_back(sd15: Path) -> None:
+    unet = load_unet(sd15)
+    before, keys = answer(unet), list(unet.state_dict())
+    adapter = attach(unet, rank=4)
+    assert len(adapter.layers) == 192
+    assert torch.equal(answer(unet), before)
+    randomise(adapter)
+    assert not torch.allclose(answer(unet), before, rtol=1e-3)
+    adapter.detach()
+    assert torch.equal(answer(unet), before)
+    assert list(unet.state_dict()) == keys
+
+
+def test_only_the_adapter_trains_and_every_adapted_layer_is_a_lora_layer(sd15: Path) -> None:
+    unet = load_unet(sd15).requires_grad_(True)
+    adapter = attach(unet, rank=2, alpha=1)
+    trained = {id(p) for p in unet.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in adapter.parameters()}
+    assert len(trained) == 2 * 192
+    for layer in adapter.layers.values():
+        assert isinstance(layer, LoRALinear | LoRAConv2d)
+        assert layer.scale == 0.5
+
+
+def test_gradients_reach_up_first_and_both_after_one_step(sd15: Path) -> None:
+    unet = load_unet(sd15)
+    adapter = attach(unet, rank=2)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=1.0)
+    for step in range(2):
+        optimizer.zero_grad()
+        unet(X, T, CONTEXT).square().mean().backward()
+        downs = [p for n, p in adapter.named_parameters() if "lora_a" in n]
+        ups = [p for n, p in adapter.named_parameters() if "lora_b" in n]
+        assert all(p.grad is not None and p.grad.any() for p in ups)
+        assert all(p.grad is not None and bool(p.grad.any()) == (step > 0) for p in downs)
+        optimizer.step()
+
+
+def test_the_seed_decides_the_down_matrices(sd15: Path) -> None:
+    def first(seed: int) -> Tensor:
+        return attach(load_unet(sd15), rank=4, seed=seed).parameters()[0]
+
+    assert torch.equal(first(0), first(0))
+    assert not torch.equal(first(0), first(1))
+
+
+def test_a_second_adapter_is_refused(sd15: Path) -> None:
+    unet = load_unet(sd15)
+    attach(unet, rank=1)
+    with pytest.raises(ValueError, match="detach it first"):
+        attach(unet, rank=1)
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers", "peft"])
+def test_a_saved_adapter_does_the_same_when_it_is_loaded(
+    sd15: Path, tmp_path: Path, dialect: Dialect
+) -> None:
+    unet = load_unet(sd15)
+    adapter = randomise(attach(unet, rank=4, alpha=2))
+    expected = answer(unet)
+    path = tmp_path / "adapter.safetensors"
+    write_adapter(adapter.pairs(), path, dialect=dialect, dtype=torch.float32, metadata={})
+    fresh = load_unet(sd15)
+    loaded = load_adapter(fresh, path)
+    torch.testing.assert_close(answer(fresh), expected)
+    loaded.set_strength(0)
+    assert torch.equal(answer(fresh), answer(load_unet(sd15)))
+    loaded.set_strength(1)
+    torch.testing.assert_close(answer(fresh), expected)
+
+
+def test_strength_does_not_enter_what_is_saved(sd15: Path) -> None:
+    adapter = randomise(attach(load_unet(sd15), rank=4, alpha=2))
+    adapter.set_strength(0.3)
+    assert {pair.alpha for pair in adapter.pairs().values()} == {2}
+
+
+def test_state_of_another_rank_is_refused(sd15: Path) -> None:
+    state = attach(load_unet(sd15), rank=4).state_dict()
+    other = attach(load_unet(sd15), rank=8)
+    with pytest.raises(ModelError, match="384 adapter weights differ"):
+        other.load_state_dict(state)
+
+
+def test_state_goes_back_in(sd15: Path) -> None:
+    adapter = randomise(attach(load_unet(sd15), rank=4))
+    fresh = attach(load_unet(sd15), rank=4)
+    fresh.load_state_dict(adapter.state_dict())
+    pairs = zip(adapter.parameters(), fresh.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)

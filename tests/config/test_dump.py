@@ -1,0 +1,89 @@
+import random
+from pathlib import Path
+
+import pytest
+
+from eri.config import Config, dump_config, load_config, trajectory
+
+WORDS = """
+no on null ~ true 1e-4 1E5 010 0o17 0x1F .5 .inf -.INF .nan 12:30:45 2026-11-20 1_000 = <<
+&a *a !a @a %a `a` {a} [a] 'a' "a" a\\nb | > ? --- ... # - : 日本 🦊
+"""
+HIDDEN = ["", " a ", "\n", "a\nb", "a\tb", "\x85", "\u2028", "\ufeff", "\x7f", "\x1b"]
+PHRASES = ["a: b", "a # b", "# a", "- a", "x" * 300, "word " * 60]
+TEXTS = [*WORDS.split(), *HIDDEN, *PHRASES]
+
+
+def loaded(text: str, folder: Path) -> Config:
+    path = folder / "dumped.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path)
+
+
+def config(**sections: object) -> Config:
+    return Config.model_validate({"model": "demo", "data": "photos", **sections})
+
+
+def test_what_is_written_loads_back(tmp_path: Path) -> None:
+    original = config(
+        model="1e-4",
+        data=[{"path": "no", "resolution": 768, "validation": "held out"}, {"path": "2"}],
+        output="runs/null",
+        adapter={"rank": 4, "alpha": 0.1},
+        train={"lr": 3e-7, "max_grad_norm": None, "steps": 10, "weight_decay": 1e-22},
+        sample={"prompts": ["a: b", "c # d"], "guidance": 7},
+    )
+    assert loaded(dump_config(original), tmp_path) == original
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_text_survives(tmp_path: Path, text: str) -> None:
+    original = config(sample={"prompts": [text], "negative": text})
+    assert loaded(dump_config(original), tmp_path) == original
+
+
+def test_numbers_survive_to_the_last_bit(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        original = config(train={"lr": 10 ** rng.uniform(-30, 1)})
+        assert loaded(dump_config(original), tmp_path).train.lr == original.train.lr
+
+
+def test_the_written_file_reads_well() -> None:
+    lines = dump_config(config()).splitlines()
+    assert lines[:4] == ["model:", "  path: demo", "data:", "- path: photos"]
+    assert "  lr: 0.0001" in lines
+
+
+def test_the_trajectory_is_what_changes_the_numbers() -> None:
+    before = trajectory(config())
+    assert before["train.lr"] == 1e-4
+    assert before["data.0.path"] == "photos"
+    assert before["adapter.rank"] == 16
+    same = config(
+        output="elsewhere",
+        data=[{"path": "photos", "validation": "held"}],
+        save={"every": 1, "keep": 9, "metadata": "full"},
+        sample={"every": 0, "prompts": ["x"], "seed": 3},
+        train={"steps": 99},
+    )
+    assert trajectory(same) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "other"},
+        {"data": "other"},
+        {"data": [{"path": "photos"}, {"path": "more"}]},
+        {"data": [{"path": "photos", "resolution": 512}]},
+        {"adapter": {"rank": 8}},
+        {"adapter": {"dropout": 0.1}},
+        {"train": {"seed": 1}},
+        {"train": {"lr": 2e-4}},
+        {"train": {"accumulate": 2}},
+        {"train": {"precision": "fp32"}},
+    ],
+)
+def test_each_setting_of_the_training_is_in_the_trajectory(change: dict) -> None:
+    assert trajectory(config(**change)) != trajectory(config())

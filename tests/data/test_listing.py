@@ -1,0 +1,113 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from eri.data.listing import list_folder, note
+from eri.errors import DataError
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def test_images_are_found_with_their_captions_in_a_fixed_order(tmp_path: Path) -> None:
+    touch(tmp_path, "b.PNG", "b.txt", "a.jpeg", "sub/c.webp", "sub/c.caption", "a.b.gif", "a.b.TXT")
+    found = {
+        str(candidate.path.relative_to(tmp_path)): [path.name for path in candidate.captions]
+        for candidate in list_folder(tmp_path).candidates
+    }
+    assert found == {
+        "a.b.gif": ["a.b.TXT"],
+        "a.jpeg": [],
+        "b.PNG": ["b.txt"],
+        "sub/c.webp": ["c.caption"],
+    }
+    assert list(found) == ["a.b.gif", "a.jpeg", "b.PNG", "sub/c.webp"]
+
+
+def test_twins_share_a_caption(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "a.png", "a.txt")
+    listing = list_folder(tmp_path)
+    assert [len(candidate.captions) for candidate in listing.candidates] == [1, 1]
+    assert listing.notes == []
+
+
+def test_hidden_files_are_left_out(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "._a.png", ".hidden/b.png", ".DS_Store")
+    listing = list_folder(tmp_path)
+    assert [candidate.path.name for candidate in listing.candidates] == ["a.png"]
+    assert listing.notes == []
+
+
+def test_what_is_not_used_is_named(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.txt", "metadata.jsonl", "d.heic", "e.CR2")
+    listing = list_folder(tmp_path)
+    assert listing.notes == [
+        f"captions without an image (1): {tmp_path / 'b.txt'}",
+        f"files that are neither images nor captions, not read (1): {tmp_path / 'metadata.jsonl'}",
+    ]
+    assert [line.split(": ")[0] for line in listing.refused] == [
+        str(tmp_path / "d.heic"),
+        str(tmp_path / "e.CR2"),
+    ]
+
+
+def test_links_to_folders_are_not_followed_and_named(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+    (tmp_path / "circle").symlink_to(tmp_path)
+    listing = list_folder(tmp_path)
+    assert len(listing.candidates) == 1
+    assert listing.notes == [f"links to folders, not followed (1): {tmp_path / 'circle'}"]
+
+
+def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+    touch(tmp_path, "real/a.png")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert len(list_folder(tmp_path / "link").candidates) == 1
+
+
+def test_links_to_images_are_images(tmp_path: Path) -> None:
+    touch(tmp_path, "elsewhere/a.png", "data/b.txt")
+    (tmp_path / "data" / "b.png").symlink_to(tmp_path / "elsewhere" / "a.png")
+    assert len(list_folder(tmp_path / "data").candidates) == 1
+
+
+def test_a_folder_that_cannot_be_read_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "a.png", "locked/b.png")
+    scandir = os.scandir
+
+    def locked_scandir(path: str):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked_scandir)
+    listing = list_folder(tmp_path)
+    expected = f"{tmp_path / 'locked'}: the folder cannot be read: Permission denied"
+    assert listing.refused == [expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("nowhere", "no such folder"), ("file", "not a folder"), ("empty", "no image")],
+)
+def test_a_folder_without_images_is_refused(tmp_path: Path, name: str, words: str) -> None:
+    touch(tmp_path, "file", "empty/readme.md")
+    with pytest.raises(DataError, match=words) as caught:
+        list_folder(tmp_path / name)
+    assert caught.value.where == str(tmp_path / name)
+    assert caught.value.hint
+
+
+def test_a_note_names_a_few() -> None:
+    paths = [Path(f"{n}\x1b") for n in range(7)]
+    assert note("things", paths) == [
+        "things (7): 0\\x1b, 1\\x1b, 2\\x1b, 3\\x1b, 4\\x1b and 2 more"
+    ]
+    assert note("things", []) == []

@@ -1,0 +1,104 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from eri.adapters import attach, load_adapter
+from eri.errors import ModelError, NonFiniteError, OccupiedError
+from eri.formats.adapter_file import Dialect, LoRAPair, write_adapter
+from eri.formats.header import read_header
+from eri.models import load_unet
+from eri.run.export import export
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers", "peft"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_every_dialect_reads_back_as_the_same_adapter(
+    finished: Path, sd15: Path, tmp_path: Path, dialect: Dialect, precision: str
+) -> None:
+    output = tmp_path / "out" / "adapter.safetensors"
+    said = export(finished, output, dialect=dialect, precision=precision, overwrite=False)
+    assert said.endswith(f"192 modules, {dialect} names, {precision}")
+    exported = load_adapter(load_unet(sd15), output)
+    original = load_adapter(load_unet(sd15), finished / "disc.safetensors")
+    tolerance = 2**-7 if precision == "bf16" else 1e-6  # the original is fp16
+    for name, layer in original.layers.items():
+        difference = exported.layers[name].delta() - layer.delta()
+        assert difference.norm() <= tolerance * layer.delta().norm()
+
+
+def test_a_run_a_checkpoint_and_a_file_are_all_sources(finished: Path, tmp_path: Path) -> None:
+    sources = [finished, finished / "checkpoint-000004", finished / "disc.safetensors"]
+    for number, source in enumerate(sources):
+        output = tmp_path / f"{number}.safetensors"
+        export(source, output, dialect="kohya", precision="fp16", overwrite=False)
+        assert len(read_header(output).tensors) == 3 * 192
+
+
+def test_what_exists_is_kept_unless_it_may_be_replaced(finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "mine.safetensors"
+    output.write_text("precious")
+    with pytest.raises(OccupiedError):
+        export(finished, output, dialect="kohya", precision="fp16", overwrite=False)
+    assert output.read_text() == "precious"
+    export(finished, output, dialect="kohya", precision="fp16", overwrite=True)
+    assert read_header(output).tensors
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "peft"])
+def test_a_folder_is_never_replaced(finished: Path, tmp_path: Path, dialect: Dialect) -> None:
+    output = tmp_path / "loras"
+    output.mkdir()
+    (output / "other.safetensors").write_text("precious")
+    with pytest.raises(OccupiedError):
+        export(finished, output, dialect=dialect, precision="fp16", overwrite=True)
+    assert (output / "other.safetensors").read_text() == "precious"
+
+
+def test_what_the_header_tells_of_the_data_stays_behind(
+    finished: Path, sd15: Path, tmp_path: Path
+) -> None:
+    source, output = tmp_path / "told.safetensors", tmp_path / "out.safetensors"
+    pairs = attach(load_unet(sd15), rank=1).pairs()
+    told = {"ss_tag_frequency": "{}", "ss_dataset_dirs": "/home/jane", "ss_network_dim": "1"}
+    write_adapter(pairs, source, dialect="kohya", dtype=torch.float32, metadata=told)
+    export(source, output, dialect="kohya", precision="fp16", overwrite=False)
+    metadata = read_header(output).metadata
+    assert metadata["ss_network_dim"] == "1"
+    assert b"jane" not in output.read_bytes()
+
+
+def test_numbers_that_vanish_in_the_smaller_type_are_told(sd15: Path, tmp_path: Path) -> None:
+    pairs = attach(load_unet(sd15), rank=1).pairs()
+    small = {n: LoRAPair(down=p.down * 1e-9, up=p.up, alpha=1.0) for n, p in pairs.items()}
+    source = tmp_path / "small.safetensors"
+    write_adapter(small, source, dialect="kohya", dtype=torch.float32, metadata={})
+    for number, (precision, told) in enumerate({"fp16": True, "fp32": False}.items()):
+        output = tmp_path / f"{number}.safetensors"
+        said = export(source, output, dialect="kohya", precision=precision, overwrite=False)
+        assert ("became 0" in said) == told
+
+
+def test_a_number_too_large_for_fp16_is_refused_and_nothing_is_written(
+    sd15: Path, tmp_path: Path
+) -> None:
+    pairs = attach(load_unet(sd15), rank=1).pairs()
+    name = next(iter(pairs))
+    pairs[name] = LoRAPair(down=pairs[name].down * 1e6, up=pairs[name].up, alpha=1.0)
+    source, output = tmp_path / "large.safetensors", tmp_path / "out.safetensors"
+    write_adapter(pairs, source, dialect="kohya", dtype=torch.float32, metadata={})
+    with pytest.raises(NonFiniteError):
+        export(source, output, dialect="kohya", precision="fp16", overwrite=False)
+    assert not output.exists()
+    export(source, output, dialect="kohya", precision="bf16", overwrite=False)
+
+
+@pytest.mark.parametrize("name", ["nothing", "unet"])
+def test_what_is_no_adapter_is_refused(sd15: Path, tmp_path: Path, name: str) -> None:
+    files = {
+        "nothing": tmp_path / "nothing",
+        "unet": sd15 / "unet" / "diffusion_pytorch_model.safetensors",
+    }
+    with pytest.raises(ModelError):
+        output = tmp_path / "out.safetensors"
+        export(files[name], output, dialect="kohya", precision="fp16", overwrite=False)

@@ -1,0 +1,56 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from eri.config import Config
+from eri.errors import DiskError, OccupiedError
+from eri.run.folder import claim, own
+
+
+def test_a_free_place_is_taken_as_it_is_and_nothing_is_written(config: Config) -> None:
+    assert claim(config, restart=False) == config
+    assert claim(config, restart=True) == config
+    assert not config.output.exists()
+
+
+def test_restart_takes_the_first_free_name(config: Config) -> None:
+    for name in ("disc", "disc-2"):
+        (config.output.with_name(name)).mkdir()
+    assert claim(config, restart=True).output.name == "disc-3"
+
+
+def test_a_folder_of_something_else_is_not_touched(config: Config) -> None:
+    config.output.mkdir()
+    for name in ("thesis.docx", "config.yaml"):
+        (config.output / name).touch()
+        with pytest.raises(OccupiedError, match="not of a run"):
+            claim(config, restart=False)
+        (config.output / name).unlink()
+    assert claim(config, restart=False) == config
+
+
+def test_what_a_crash_left_in_a_run_is_swept_and_the_run_goes_on(config: Config) -> None:
+    with own(config.output):
+        (config.output / "samples").mkdir()
+    for part in (config.output, config.output / "samples"):
+        (part / ".writing-0123").touch()
+    assert claim(config, restart=False) == config
+    with own(config.output):
+        assert not list(config.output.rglob(".writing-*"))
+
+
+def test_a_file_in_the_way_is_named(config: Config) -> None:
+    config.output.touch()
+    with pytest.raises(DiskError, match="not a folder"):
+        claim(config, restart=False)
+
+
+def test_a_place_that_may_not_be_written_is_refused_before_anything_slow(
+    config: Config, change: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = change(config, output=Path(config.output, "a", "b"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(DiskError, match="may not be written"):
+        claim(deep, restart=False)

@@ -1,0 +1,50 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from eri.config import Config
+from eri.run.base import look_at
+from eri.run.dataset import Encoder, look_at_images
+from eri.run.parts import Parts, build
+from eri.run.plan import plan_run
+from tests.run.conftest import Screen
+
+
+@pytest.fixture
+def built(screen: Screen) -> Callable[[Config], Parts]:
+    def build_for(config: Config) -> Parts:
+        facts = look_at(config.model.path)
+        images = look_at_images(config, facts, screen.console, lambda: None)
+        plan = plan_run(config, facts, images)
+        return build(config, plan, facts, images, Encoder(screen.console, lambda: None))
+
+    return build_for
+
+
+def test_the_parts_fit_together(config: Config, built: Callable[[Config], Parts]) -> None:
+    parts = built(config)
+    assert parts.state.step == 0
+    assert list(parts.state.parameters) == [name for name, _ in parts.adapter.named_parameters()]
+    assert parts.base.unet.training  # adapters' dropout is on
+    assert (len(parts.samples), len(parts.validation)) == (5, 2)
+    assert parts.previews.prompts == ("a red disc",)
+    assert not parts.state.scaler.is_enabled()
+
+
+def test_the_adapter_is_float32_beside_a_net_in_bf16(
+    config: Config, change: Callable[..., Config], built: Callable[[Config], Parts]
+) -> None:
+    parts = built(change(config, train={"precision": "bf16"}))
+    assert {p.dtype for p in parts.adapter.parameters()} == {torch.float32}
+    assert parts.base.unet.conv_in.weight.dtype == torch.bfloat16
+    assert parts.base.unet.dtype == torch.bfloat16
+
+
+def test_deterministic_is_switched_on_and_off(
+    config: Config, change: Callable[..., Config], built: Callable[[Config], Parts]
+) -> None:
+    built(change(config, train={"deterministic": True}))
+    assert torch.are_deterministic_algorithms_enabled()
+    built(config)
+    assert not torch.are_deterministic_algorithms_enabled()

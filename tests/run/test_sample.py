@@ -1,0 +1,78 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from eri.errors import ConfigError, OccupiedError
+from eri.run.sample import Drawing, draw
+
+
+@pytest.fixture
+def drawing(sd15: Path) -> Drawing:
+    return Drawing(
+        model=str(sd15),
+        adapter=None,
+        strength=1.0,
+        prompts=("a red disc",),
+        negative="",
+        sampler="euler",
+        steps=2,
+        guidance=2.0,
+        seed=0,
+        size=None,
+    )
+
+
+def drawn(drawing: Drawing, path: Path) -> bytes:
+    draw(drawing, path, overwrite=True)
+    with Image.open(path) as picture:
+        return picture.tobytes()
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def test_one_prompt_is_one_picture_of_the_models_size(drawing: Drawing, tmp_path: Path) -> None:
+    path = tmp_path / "out" / "disc.png"
+    assert draw(drawing, path).endswith("1 picture of 64x64")
+    assert size_of(path) == (64, 64)
+
+
+def test_several_prompts_come_on_one_sheet(drawing: Drawing, tmp_path: Path) -> None:
+    path = tmp_path / "sheet.png"
+    draw(replace(drawing, prompts=("a", "b")), path)
+    assert size_of(path)[0] > 512
+
+
+def test_a_run_brings_its_model_and_its_adapter(
+    drawing: Drawing, finished: Path, tmp_path: Path
+) -> None:
+    plain = drawn(drawing, tmp_path / "plain.png")
+    of_run = drawn(replace(drawing, model=str(finished)), tmp_path / "run.png")
+    by_file = replace(drawing, adapter=finished / "disc.safetensors")
+    assert of_run == drawn(by_file, tmp_path / "file.png")
+    assert of_run != plain
+    assert drawn(replace(by_file, strength=0.0), tmp_path / "zero.png") == plain
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"guidance": 7.0}, {"steps": 3}])
+def test_every_setting_counts(drawing: Drawing, tmp_path: Path, change: dict) -> None:
+    path = tmp_path / "disc.png"
+    assert drawn(drawing, path) == drawn(drawing, path)
+    assert drawn(replace(drawing, **change), path) != drawn(drawing, path)
+
+
+def test_a_size_that_the_model_cannot_draw_is_refused(drawing: Drawing, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--size 96 is not a multiple of 64"):
+        draw(replace(drawing, size=96), tmp_path / "disc.png")
+
+
+def test_an_existing_picture_is_kept(drawing: Drawing, tmp_path: Path) -> None:
+    path = tmp_path / "disc.png"
+    path.write_text("precious")
+    with pytest.raises(OccupiedError):
+        draw(drawing, path)
+    assert path.read_text() == "precious"

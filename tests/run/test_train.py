@@ -1,0 +1,315 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eri.adapters import load_adapter
+from eri.config import Config, load_config
+from eri.errors import ConfigError, DataError, ModelError, NonFiniteError, OccupiedError, Stopped
+from eri.files import lock
+from eri.formats.header import read_header
+from eri.formats.tensors import load_tensors
+from eri.models import load_unet
+from eri.run.preview import Previews
+from eri.run.stop import StopSignals
+from eri.run.train import train
+from eri.train import StepNumbers, TrainState, loop
+from tests.run.conftest import Screen
+
+Change = Callable[..., Config]
+
+
+def digest(run: Path) -> dict[str, bytes]:
+    """The bytes of every number that the newest checkpoint of a run holds."""
+    newest = max(run.glob("checkpoint-*"))
+    tensors = {
+        name: tensor.numpy().tobytes()
+        for file in ("adapter.safetensors", "optimizer.safetensors")
+        for name, tensor in load_tensors(newest / file).items()
+    }
+    return tensors | {"state": (newest / "state.json").read_bytes()}
+
+
+def steps_in_log(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def stop_in_previews(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Make the run believe that it got a SIGTERM while it drew the previews of a step."""
+    right = Previews.draw
+
+    def draw(self: Previews, at: int, stop: StopSignals) -> list:
+        if at == step:
+            stop.number = 15
+        return right(self, at, stop)
+
+    monkeypatch.setattr(Previews, "draw", draw)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Make the run believe that it got a SIGTERM during its last of some steps."""
+    signals: list[StopSignals] = []
+    enter, update = StopSignals.__enter__, loop.update
+
+    def entered(self: StopSignals) -> StopSignals:
+        signals.append(self)
+        return enter(self)
+
+    def updated(state: TrainState, *arguments: Any) -> StepNumbers:
+        if state.step + 1 == steps:
+            signals[0].number = 15
+        return update(state, *arguments)
+
+    monkeypatch.setattr(StopSignals, "__enter__", entered)
+    monkeypatch.setattr(loop, "update", updated)
+
+
+def test_the_files_of_a_run_are_those_of_the_contract(finished: Path) -> None:
+    files = {
+        path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()
+    }
+    assert {
+        "disc.safetensors",
+        "adapters/disc-000002.safetensors",
+        "adapters/disc-000004.safetensors",
+        "config.yaml",
+        "log.jsonl",
+        "samples/000000-1.png",
+        "samples/000004-1.png",
+        "samples/before-after.png",
+        "checkpoint-000004/manifest.json",
+    } <= files
+    assert [path.name for path in finished.glob("*.safetensors")] == ["disc.safetensors"]
+    assert not [name for name in files if "staging" in name or name.endswith(".tmp")]
+
+
+def test_the_finished_adapter_is_whole_and_says_what_it_is(finished: Path, sd15: Path) -> None:
+    adapter = load_adapter(load_unet(sd15), finished / "disc.safetensors")
+    assert len(adapter.layers) == 192
+    assert all(layer.lora_b.weight.any() for layer in adapter.layers.values())
+    tensors = load_tensors(finished / "disc.safetensors")
+    assert {t.dtype for n, t in tensors.items() if "lora_" in n.rpartition(".lora_")[1]} == {
+        torch.float16
+    }
+
+
+def test_what_it_was_trained_on_is_told_only_when_it_is_asked_for(
+    config: Config, screen: Screen, change: Change, finished: Path
+) -> None:
+    assert b"red disc" not in (finished / "disc.safetensors").read_bytes()
+    assert str(finished.parent).encode() not in (finished / "disc.safetensors").read_bytes()
+    full = change(config, save={"metadata": "full"}, train={"steps": 1})
+    train(full, screen.console)
+    metadata = read_header(config.output / "disc.safetensors").metadata
+    folder = str(config.data[0].path)
+    assert json.loads(metadata["ss_tag_frequency"])[folder]["a red disc 3"] == 1
+    assert json.loads(metadata["ss_dataset_dirs"])[folder]["img_count"] == 5
+
+
+def test_the_log_has_a_line_for_each_step_with_what_was_seen(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    seen = [Path(file).name for line in lines[:3] for file in line["files"]]
+    assert sorted(seen) == [f"{n}.png" for n in range(5)]  # one epoch: each image once
+    assert {"loss", "lr", "images_per_second", "grad_norm"} <= lines[0].keys()
+
+
+def test_the_same_command_on_a_finished_run_trains_nothing(config: Config, screen: Screen) -> None:
+    train(config, screen.console)
+    before = digest(config.output)
+    times = {p: p.stat().st_mtime_ns for p in config.output.rglob("*") if p.name != "run.lock"}
+    train(config, screen.console)
+    assert "this run is finished: 4 steps are done" in screen.text
+    assert digest(config.output) == before
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_a_stopped_run_goes_on_bit_by_bit(
+    config: Config, screen: Screen, change: Change, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    straight = change(config, output=config.output.with_name("straight"))
+    train(straight, screen.console)
+    with monkeypatch.context() as patch:
+        stop_after(patch, cut)
+        with pytest.raises(Stopped) as stopped:
+            train(config, screen.console)
+    assert stopped.value.exit_code == 143
+    assert steps_in_log(config.output) == list(range(1, cut + 1))
+    assert not (config.output / "disc.safetensors").exists()
+    train(config, screen.console)
+    assert f"going on from step {cut}" in screen.text
+    assert steps_in_log(config.output) == [1, 2, 3, 4]
+    assert digest(config.output) == digest(straight.output)
+
+
+@pytest.mark.parametrize("step", [0, 1, 4])
+def test_stopped_while_drawing_nothing_is_lost(
+    config: Config, screen: Screen, change: Change, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    config = change(config, sample={"every": 1}, save={"every": 100})
+    with monkeypatch.context() as patch:
+        stop_in_previews(patch, step)
+        with pytest.raises(Stopped):
+            train(config, screen.console)
+    assert f"stopped at step {step} of 4" in screen.text
+    assert not (config.output / "disc.safetensors").exists()
+    train(config, screen.console)
+    assert steps_in_log(config.output) == [1, 2, 3, 4]
+    assert (config.output / "disc.safetensors").is_file()
+    assert (config.output / "samples" / "before-after.png").is_file()
+
+
+def test_an_adapter_of_fewer_steps_is_not_taken_for_the_finished_one(
+    config: Config, screen: Screen, change: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config, screen.console)
+    longer = change(config, train={"steps": 6})
+    with monkeypatch.context() as patch:
+        stop_in_previews(patch, 6)
+        with pytest.raises(Stopped):
+            train(longer, screen.console)
+    train(longer, screen.console)
+    assert read_header(config.output / "disc.safetensors").metadata["ss_steps"] == "6"
+
+
+def test_without_previews_nothing_is_drawn(config: Config, screen: Screen, change: Change) -> None:
+    train(change(config, sample={"every": 0}, train={"steps": 1}), screen.console)
+    assert not (config.output / "samples").exists()
+    assert (config.output / "disc.safetensors").is_file()
+
+
+def test_the_config_in_the_run_means_the_same_anywhere(
+    config: Config, screen: Screen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(config.output.parent)
+    relative = config.model_copy(update={"output": Path("disc")})
+    train(relative, screen.console)
+    monkeypatch.chdir("/")
+    again = load_config(config.output / "config.yaml")
+    assert again.output == config.output
+    train(again, screen.console)
+    assert "this run is finished" in screen.text
+
+
+def test_without_a_sound_checkpoint_nothing_is_overwritten(config: Config, screen: Screen) -> None:
+    train(config, screen.console)
+    for checkpoint in config.output.glob("checkpoint-*"):
+        (checkpoint / "state.json").write_text("{}")
+    before = (config.output / "log.jsonl").read_text()
+    with pytest.raises(ModelError, match="none of the 2 checkpoints is sound"):
+        train(config, screen.console)
+    assert (config.output / "log.jsonl").read_text() == before
+
+
+def test_another_seed_does_not_lead_to_the_same_adapter(
+    config: Config, screen: Screen, change: Change, finished: Path
+) -> None:
+    other = change(config, train={"seed": 1})
+    train(other, screen.console)
+    assert digest(other.output) != digest(finished)
+
+
+def test_more_steps_train_on(config: Config, screen: Screen, change: Change) -> None:
+    train(config, screen.console)
+    train(change(config, train={"steps": 5}), screen.console)
+    assert "going on from step 4" in screen.text
+    assert steps_in_log(config.output) == [1, 2, 3, 4, 5]
+
+
+def test_a_changed_setting_is_refused_unless_it_is_allowed(
+    config: Config, screen: Screen, change: Change
+) -> None:
+    train(config, screen.console)
+    changed = change(config, train={"lr": 2e-3, "steps": 6})
+    with pytest.raises(ConfigError, match="what made this run has changed") as refused:
+        train(changed, screen.console)
+    assert refused.value.problems == ("train.lr: 0.001 before, 0.002 now",)
+    with pytest.raises(ConfigError, match="no such setting"):
+        train(changed, screen.console, allow_change=frozenset({"train.rate"}))
+    train(changed, screen.console, allow_change=frozenset({"train.lr"}))
+    assert steps_in_log(config.output)[-1] == 6
+
+
+def test_a_changed_caption_is_a_changed_setting(config: Config, screen: Screen) -> None:
+    train(config, screen.console)
+    (config.data[0].path / "0.txt").write_text("something else")
+    with pytest.raises(ConfigError) as refused:
+        train(config, screen.console)
+    assert refused.value.problems == ("images: the images or their captions",)
+
+
+def test_restart_begins_anew_beside_the_old_run(config: Config, screen: Screen) -> None:
+    train(config, screen.console)
+    before = digest(config.output)
+    train(config, screen.console, restart=True)
+    beside = config.output.with_name("disc-2")
+    assert (beside / "disc-2.safetensors").is_file()
+    assert digest(config.output) == before
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(
+    config: Config, screen: Screen, change: Change
+) -> None:
+    train(config, screen.console)
+    damaged = config.output / "checkpoint-000004" / "optimizer.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    train(change(config, train={"steps": 5}), screen.console)
+    assert "warning: checkpoint-000004 is not used" in screen.text
+    assert "going on from step 2" in screen.text
+    assert steps_in_log(config.output) == [1, 2, 3, 4, 5]
+    assert len(list(config.output.glob("damaged-checkpoint-000004-*"))) == 1
+
+
+def test_a_dry_run_writes_nothing(config: Config, screen: Screen) -> None:
+    train(config, screen.console, dry_run=True)
+    assert not config.output.exists()
+    assert "training 4 steps of up to 2 images" in screen.text
+    assert "4 at 64x64, 1 at 64x128" in screen.text
+
+
+def test_a_locked_run_is_left_alone(config: Config, screen: Screen) -> None:
+    config.output.mkdir()
+    with lock(config.output), pytest.raises(OccupiedError):
+        train(config, screen.console)
+
+
+def test_nothing_is_loaded_before_images_and_model_are_known_to_be_there(
+    config: Config, screen: Screen, change: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: object, **kwargs: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("eri.run.parts.load_base", load)
+    (config.data[0].path / "0.txt").unlink()
+    (config.data[0].path / "1.png").write_bytes(b"<html>")
+    with pytest.raises(DataError, match="2 of 5") as refused:
+        train(config, screen.console)
+    assert len(refused.value.problems) == 2
+    missing = config.model.model_copy(update={"path": "not/there"})
+    with pytest.raises(ModelError, match="no such model"):  # before the images
+        train(change(config, model=missing), screen.console)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing_of_it(
+    config: Config, screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eri.run.objective import Objective
+
+    right = Objective.__call__
+
+    def wrong(self: Objective, batch) -> torch.Tensor:
+        loss = right(self, batch)
+        return loss * float("nan") if batch.numbers[0] >= 5 else loss
+
+    monkeypatch.setattr(Objective, "__call__", wrong)
+    with pytest.raises(NonFiniteError, match="step 4") as stopped:
+        train(config, screen.console)
+    assert stopped.value.problems[0].endswith(".png")  # the images of the step
+    assert [path.name for path in config.output.glob("checkpoint-*")] == ["checkpoint-000002"]
+    assert not (config.output / "disc.safetensors").exists()

@@ -1,0 +1,297 @@
+"""The walls of the house: who imports whom, sizes, names, and what importing eri may load.
+
+Each wall is a function from (path in the repository, source) to the lines that break it, run over
+every file of eri/ and, as a control, over a snippet that breaks it on purpose.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GROUND = {"errors", "config", "files", "rng", "printable"}
+MAY_IMPORT = {
+    **{unit: GROUND - {unit} for unit in GROUND},
+    "__init__": set(),
+    "__main__": {"cli"},
+    "cli": GROUND,
+    "run": GROUND | {"data", "layers", "models", "adapters", "diffusion", "train", "formats"},
+    "data": GROUND,
+    "layers": GROUND,
+    "models": GROUND | {"layers", "formats"},
+    "adapters": GROUND | {"layers", "formats"},
+    "diffusion": GROUND,
+    "train": GROUND | {"layers", "diffusion", "formats"},
+    "formats": GROUND,
+}
+TORCH_FREE = {"__init__", "__main__", "cli", "errors", "config", "files", "printable"}
+TORCH_FREE_FILES = {"eri/formats/header.py"}
+HEAVY = {"diffusers", "transformers"}
+HEAVY_INSIDE_FUNCTIONS = {"eri/models/text.py", "eri/models/vae.py", "eri/diffusion/samplers.py"}
+SPEAKS_TO_PEOPLE = ("eri/cli", "eri/train/log.py")
+BANNED_NAMES = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_NESTING = 3
+WITHOUT_TEST_FILE: dict[str, str] = {}  # path: why it has none
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match, ast.AsyncFor, ast.AsyncWith)
+Wall = Callable[[str, str], Iterator[str]]
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    """(path in the repository, source) of every Python file of eri/."""
+    for path in sorted((ROOT / "eri").rglob("*.py")):
+        yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+
+
+def module_of(path: str) -> str:
+    """The dotted name that a file of eri/ is imported by."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def unit_of(path: str) -> str:
+    """The unit of the import table that a file of eri/ belongs to."""
+    return path.split("/")[1].removesuffix(".py")
+
+
+def imports(tree: ast.AST, *, inside: bool = False) -> Iterator[tuple[int, str, bool]]:
+    """(line, full name, inside a function) of every import that runs; typing-only ones do not."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{base}.{alias.name}", inside) for alias in node.names)
+        else:
+            yield from imports(node, inside=inside or isinstance(node, FUNCTIONS))
+
+
+def import_table(path: str, source: str) -> Iterator[str]:
+    """A unit imports only what its row of the table allows; cli may import run inside a verb."""
+    unit = unit_of(path)
+    if unit not in MAY_IMPORT:
+        yield f"{path}: {unit!r} has no row in the import table"
+        return
+    for line, name, inside in imports(ast.parse(source)):
+        if not name.startswith("eri."):
+            continue
+        target = name.split(".")[1]
+        lazily = {"run"} if unit == "cli" and inside else set()
+        if target not in {unit, "__version__"} | MAY_IMPORT[unit] | lazily:
+            yield f"{path}:{line}: {unit} may not import {target}"
+
+
+def imports_at_the_top(path: str, source: str) -> Iterator[str]:
+    """Full names, at the top of the file; inside functions only what the house allows."""
+    for line, name, inside in imports(ast.parse(source)):
+        package = name.split(".")[0]
+        if name.startswith("."):
+            yield f"{path}:{line}: import by the full name"
+        if package in HEAVY and (not inside or path not in HEAVY_INSIDE_FUNCTIONS):
+            allowed = ", ".join(sorted(HEAVY_INSIDE_FUNCTIONS))
+            yield f"{path}:{line}: {package} is imported inside functions of {allowed} only"
+        elif (
+            inside
+            and package not in HEAVY
+            and not (unit_of(path) == "cli" and name.startswith("eri.run"))
+        ):
+            yield f"{path}:{line}: imports {name} inside a function"
+
+
+def torch_free(path: str, source: str) -> Iterator[str]:
+    """The command line, settings, errors, files and the header parser do without torch."""
+    if unit_of(path) not in TORCH_FREE and path not in TORCH_FREE_FILES:
+        return
+    for line, name, _ in imports(ast.parse(source)):
+        if name.split(".")[0] in {"torch", "safetensors"} | HEAVY:
+            yield f"{path}:{line}: imports {name}; this file is free of torch"
+
+
+def sizes(path: str, source: str) -> Iterator[str]:
+    """A file of at most 400 lines, a function of at most 60, blocks nested at most 3 deep."""
+    if (count := len(source.splitlines())) > MAX_FILE_LINES:
+        yield f"{path}: {count} lines, at most {MAX_FILE_LINES}"
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, FUNCTIONS):
+            continue
+        count = (node.end_lineno or node.lineno) - node.lineno + 1
+        if count > MAX_FUNCTION_LINES:
+            yield f"{path}:{node.lineno}: {node.name}: {count} lines, at most {MAX_FUNCTION_LINES}"
+        if (depth := nesting(node)) > MAX_NESTING:
+            yield f"{path}:{node.lineno}: {node.name} nests {depth} deep, at most {MAX_NESTING}"
+
+
+def nesting(node: ast.AST) -> int:
+    """How deep blocks stand in blocks; `elif` stands beside its `if`, a function starts anew."""
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (*FUNCTIONS, ast.ClassDef)):
+            continue
+        is_elif = isinstance(node, ast.If) and node.orelse == [child] and isinstance(child, ast.If)
+        deepest = max(deepest, nesting(child) + (isinstance(child, BLOCKS) and not is_elif))
+    return deepest
+
+
+def file_names(path: str, source: str) -> Iterator[str]:
+    """A file is named after its concept."""
+    if path.split("/")[-1] in BANNED_NAMES:
+        yield f"{path}: name the concept"
+
+
+def safe_loading(path: str, source: str) -> Iterator[str]:
+    """No file that was not written by this process is unpickled."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        safe = {k.arg: ast.unparse(k.value) for k in node.keywords}.get("weights_only")
+        if safe == "False" or (called == "torch.load" and safe != "True"):
+            yield f"{path}:{node.lineno}: {called} without weights_only=True"
+        if called in {"pickle.load", "pickle.loads", "pickle.Unpickler", "eval", "exec"}:
+            yield f"{path}:{node.lineno}: {called}"
+
+
+def messages(path: str, source: str) -> Iterator[str]:
+    """An assert says what it found; only the command line and the train log print."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assert) and node.msg is None:
+            yield f"{path}:{node.lineno}: an assert without a message"
+        prints = isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+        if prints and not path.startswith(SPEAKS_TO_PEOPLE):
+            yield f"{path}:{node.lineno}: prints"
+
+
+WALLS: list[Wall] = [
+    import_table, imports_at_the_top, torch_free, sizes, file_names, safe_loading, messages,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wall", WALLS, ids=lambda wall: wall.__name__)
+def test_wall_stands(wall: Wall) -> None:
+    broken = [line for path, source in sources() for line in wall(path, source)]
+    assert not broken, "\n".join(broken)
+
+
+NESTED = "def f():\n if a:\n  for b in c:\n   with d:\n    while e:\n     pass\n"
+ELIFS = "def f():\n if a:\n  pass\n elif b:\n  pass\n elif c:\n  pass\n elif d:\n  pass\n"
+
+
+@pytest.mark.parametrize(
+    ("wall", "path", "source"),
+    [
+        (import_table, "eri/layers/norm.py", "from eri.models import UNet"),
+        (import_table, "eri/layers/norm.py", "from eri import models"),
+        (import_table, "eri/train/loop.py", "import eri.data.folder"),
+        (import_table, "eri/cli.py", "from eri.run import train"),
+        (import_table, "eri/somewhere.py", ""),
+        (imports_at_the_top, "eri/layers/norm.py", "from . import linear"),
+        (imports_at_the_top, "eri/layers/norm.py", "def f():\n    import json"),
+        (imports_at_the_top, "eri/models/vae.py", "import diffusers"),
+        (imports_at_the_top, "eri/models/unet.py", "def f():\n    import diffusers"),
+        (torch_free, "eri/cli.py", "def f():\n    import torch"),
+        (torch_free, "eri/formats/header.py", "from torch import nn"),
+        (sizes, "eri/rng.py", "x = 1\n" * 401),
+        (sizes, "eri/rng.py", "def f():\n" + "    x = 1\n" * 60),
+        (sizes, "eri/rng.py", NESTED),
+        (file_names, "eri/data/utils.py", ""),
+        (safe_loading, "eri/rng.py", "torch.load(path)"),
+        (safe_loading, "eri/rng.py", "torch.load(path, weights_only=False)"),
+        (safe_loading, "eri/rng.py", "other.load(path, weights_only=False)"),
+        (safe_loading, "eri/rng.py", "pickle.loads(data)"),
+        (messages, "eri/rng.py", "assert x"),
+        (messages, "eri/train/loop.py", "print(1)"),
+    ],
+)
+def test_wall_catches(wall: Wall, path: str, source: str) -> None:
+    assert list(wall(path, source))
+
+
+@pytest.mark.parametrize(
+    ("wall", "path", "source"),
+    [
+        (import_table, "eri/cli.py", "def f():\n    from eri.run import train"),
+        (import_table, "eri/models/unet.py", "from eri.layers import Linear"),
+        (imports_at_the_top, "eri/cli.py", "def f():\n    from eri.run import train"),
+        (imports_at_the_top, "eri/models/vae.py", "def f():\n    import diffusers"),
+        (sizes, "eri/rng.py", ELIFS),
+        (safe_loading, "eri/rng.py", "torch.load(path, weights_only=True)"),
+        (messages, "eri/cli.py", "print(1)"),
+    ],
+)
+def test_wall_lets_through(wall: Wall, path: str, source: str) -> None:
+    assert not list(wall(path, source))
+
+
+def import_loop(graph: dict[str, set[str]]) -> list[str]:
+    """Some modules that import each other in a circle, or nothing."""
+    remaining = dict(graph)
+    while free := [name for name, needs in remaining.items() if not needs & remaining.keys()]:
+        for name in free:
+            del remaining[name]
+    return sorted(remaining)
+
+
+def test_no_import_loops() -> None:
+    modules = {module_of(path): source for path, source in sources()}
+    graph = {
+        module: {
+            name if name in modules else name.rpartition(".")[0]
+            for _, name, inside in imports(ast.parse(source))
+            if not inside
+        }
+        for module, source in modules.items()
+    }
+    assert not import_loop(graph)
+    assert import_loop({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()}) == ["a", "b", "c"]
+
+
+def missing_tests(files: list[str], tests: set[str]) -> list[str]:
+    """Files of eri/ without a test file at the mirrored path."""
+    return [
+        path
+        for path in files
+        if not path.endswith(("__init__.py", "__main__.py"))
+        and path not in WITHOUT_TEST_FILE
+        and "/".join(["tests", *path.split("/")[1:-1], "test_" + path.split("/")[-1]]) not in tests
+    ]
+
+
+def test_every_file_has_its_tests() -> None:
+    tests = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert not missing_tests([path for path, _ in sources()], tests)
+    assert missing_tests(["eri/a/b.py", "eri/c.py"], {"tests/test_b.py", "tests/test_c.py"}) == [
+        "eri/a/b.py"
+    ]
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The top-level packages that a fresh Python has loaded after a statement."""
+    code = f"{statement}\nimport sys; print(*(n for n in sys.modules if '.' not in n), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_importing_eri_loads_neither_diffusers_nor_transformers() -> None:
+    modules = [module_of(path) for path, _ in sources() if not path.endswith("__main__.py")]
+    assert not loaded_by("import " + ", ".join(modules)) & HEAVY
+    assert loaded_by("import transformers") & HEAVY
+
+
+def test_torch_free_files_load_no_torch() -> None:
+    modules = [
+        module_of(path)
+        for path, _ in sources()
+        if (unit_of(path) in TORCH_FREE or path in TORCH_FREE_FILES)
+        and not path.endswith("__main__.py")
+    ]
+    assert "torch" not in loaded_by("import " + ", ".join(modules))
+    assert "torch" in loaded_by("import eri.rng")

@@ -1,0 +1,169 @@
+"""The command line as people meet it: in a process of its own, by exit code and by message."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import eri
+from tests.run.conftest import write_config
+
+
+def run_eri(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "eri", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+def test_help_names_every_command() -> None:
+    for arguments in ([], ["--help"]):
+        done = run_eri(*arguments)
+        assert done.returncode == 0
+        assert all(
+            verb in done.stdout for verb in ("train", "export-lora", "inspect", "sample", "doctor")
+        )
+
+
+SURFACE = {
+    "train": {"--set", "--dry-run", "--restart", "--allow-change"},
+    "export-lora": {"--output", "--format", "--dtype", "--overwrite"},
+    "inspect": {"--json"},
+    "sample": {
+        *("--prompt", "--output", "--adapter", "--strength", "--negative", "--sampler"),
+        *("--steps", "--guidance", "--seed", "--size", "--overwrite"),
+    },
+    "doctor": set(),
+}
+
+
+@pytest.mark.parametrize(("verb", "options"), SURFACE.items())
+def test_the_surface_is_what_it_was_agreed_to_be(verb: str, options: set[str]) -> None:
+    done = run_eri(verb, "--help")
+    assert done.returncode == 0
+    assert set(re.findall(r"(--[a-z][a-z-]+)", done.stdout)) == options | {"--help"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["train"], ["--version"], ["nonsense"]]
+)
+def test_help_and_refusals_do_without_torch(arguments: list[str]) -> None:
+    script = (
+        "import sys\n"
+        f"sys.argv = ['eri', *{arguments!r}]\n"
+        "import eri.cli\n"
+        "try:\n    eri.cli.main()\n"
+        "except SystemExit:\n    pass\n"
+        "heavy = {'torch', 'numpy', 'diffusers', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version() -> None:
+    assert run_eri("--version").stdout.strip() == eri.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["bogus"], "No such command 'bogus'"),
+        (["train"], "Missing"),
+        (["train", "--bogus"], "No such option: --bogus"),
+        (["train", "absent.yaml"], "cannot be read"),
+        (["export-lora", "a", "-o", "b", "--format", "zip"], "'zip' is not one of"),
+        (["sample", "demo", "-p", "x", "-o", "y", "--steps", "0"], "--steps"),
+    ],
+)
+def test_a_refused_command_line_is_one_error_and_one_hint(
+    arguments: list[str], what: str, tmp_path: Path
+) -> None:
+    done = run_eri(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("eri: error: ") and what in error
+    assert hint.startswith("hint: ")
+
+
+@pytest.fixture
+def config(tmp_path: Path, sd15: Path) -> Path:
+    return write_config(tmp_path, sd15)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_every_kind_of_bad_input_has_its_exit_code_before_any_weight_is_read(
+    config: Path, tmp_path: Path
+) -> None:
+    def refused(code: int, what: str) -> None:
+        done = run_eri("train", config)
+        assert done.returncode == code, done.stderr
+        assert re.match(rf"eri: error: .*{what}", done.stderr), done.stderr
+        assert "Traceback" not in done.stderr
+        assert "\nhint: " in done.stderr
+
+    good = config.read_text()
+    edit(config, "batch_size", "batchsize")
+    refused(2, r"unknown key train\.batchsize; did you mean train\.batch_size\? .*config\.yaml:\d+")
+    config.write_text(good.replace("lr: 1e-3", "lr: fast"))
+    refused(2, "lr")
+    config.write_text(re.sub("model: .*", f"model: {tmp_path / 'nothing'}", good))
+    refused(4, "no such model")
+    config.write_text(good.replace("photos,", "nowhere,"))
+    refused(3, "no such folder")
+    (tmp_path / "empty").mkdir()
+    config.write_text(good.replace("photos,", "empty,"))
+    refused(3, "no image")
+    config.write_text(good)
+    (tmp_path / "photos" / "0.txt").unlink()
+    (tmp_path / "photos" / "1.png").write_bytes(b"not an image")
+    refused(3, "2 of 5 images cannot be used")
+
+
+def test_hostile_names_reach_no_terminal(config: Path, tmp_path: Path) -> None:
+    evil = tmp_path / "photos" / "\x1b]0;owned\x07[red].png"
+    evil.write_bytes(b"not an image")
+    done = run_eri("train", config)
+    assert done.returncode == 3
+    assert "\x1b" not in done.stderr + done.stdout
+    assert r"\x1b]0;owned" in done.stderr
+
+
+def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
+    done = run_eri("train", tmp_path / "absent.yaml", "--debug")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+
+
+def test_train_inspect_export_and_sample_from_the_command_line(
+    config: Path, tmp_path: Path, sd15: Path
+) -> None:
+    trained = run_eri("train", config, "--set", "train.steps=1", "--set", "sample.every=0")
+    assert trained.returncode == 0, trained.stderr
+    run = tmp_path / "disc"
+    assert f"adapter  {run / 'disc.safetensors'}" in trained.stdout.replace("\n", " ")
+    looked = run_eri("inspect", run, "--json")
+    assert looked.returncode == 0
+    assert '"step": 1' in looked.stdout
+    exported = run_eri(
+        "export-lora", run, "-o", tmp_path / "a.safetensors", "--format", "diffusers"
+    )
+    assert exported.returncode == 0, exported.stderr
+    drawn = run_eri(
+        *("sample", sd15, "-p", "a disc", "-o", tmp_path / "a.png", "--steps", 1),
+        *("--adapter", tmp_path / "a.safetensors"),
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / "a.png").stat().st_size > 0
+
+
+def test_doctor_finds_this_machine_in_order() -> None:
+    done = run_eri("doctor")
+    assert done.returncode == 0
+    assert "Python 3." in done.stdout
