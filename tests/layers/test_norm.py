@@ -119,7 +119,9 @@ def test_c038_rms_norm_is_not_slower_than_layer_norm() -> None:
                 times.append(start.elapsed_time(end))
         return min(times)
 
-    assert milliseconds(RMSNorm(4096)) <= 1.02 * milliseconds(LayerNorm(4096))
+    rms, layer = milliseconds(RMSNorm(4096)), milliseconds(LayerNorm(4096))
+    print(f"RMSNorm {rms:.3f} ms, LayerNorm {layer:.3f} ms")  # docs/benchmarks.md; seen with -s
+    assert rms <= 1.02 * layer
 
 
 @pytest.mark.parametrize("layer", [LayerNorm(6), RMSNorm(6), GroupNorm(3, 6)], ids=repr)
