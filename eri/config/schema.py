@@ -103,7 +103,38 @@ FolderPath = Annotated[Path, BeforeValidator(_path, json_schema_input_type=str)]
 class ModelSource(Section):
     """The base model that the adapter is trained on."""
 
-    path: PathText = Field(description="'demo' for the bundled model, or a diffusers folder")
+    path: PathText = Field(
+        description="'demo' for the bundled model, a diffusers folder, a .safetensors file, or a "
+        "hub id owner/name[@revision]"
+    )
+    vae: PathText | None = Field(
+        default=None,
+        description="folder or file of another VAE; null takes the model's own",
+    )
+    text: PathText | None = Field(
+        default=None,
+        description="model, folder or file, whose text encoders are used; null takes the model's "
+        "own",
+    )
+    prediction: Literal["auto", "epsilon", "v"] = Field(
+        default="auto",
+        description="what the U-Net predicts; auto is what the files say, else what it is measured "
+        "to do",
+    )
+    zero_terminal_snr: Literal["auto"] | bool = Field(
+        default="auto",
+        description="whether the last timestep is pure noise; auto is what the files say, else "
+        "what is measured",
+    )
+    clip_skip: Annotated[int, Field(ge=1, le=12)] | None = Field(
+        default=None,
+        description="layer of CLIP, from the end, whose states are used (SD1.x); 1 is the last",
+    )
+    windows: Literal["ui", "kohya"] = Field(
+        default="ui",
+        description="how captions of more than 75 tokens are joined: 77 states a window as ComfyUI "
+        "and A1111 do, or 75 a window and 2 as kohya's scripts do",
+    )
 
 
 class DataSource(Section):
@@ -210,6 +241,9 @@ class Save(Section):
     metadata: Literal["minimal", "full"] = Field(
         default="minimal",
         description="what an adapter file says of its training; full adds captions and paths",
+    )
+    trigger_phrase: str | None = Field(
+        default=None, description="words that the adapter answers to, told in its file"
     )
 
 
