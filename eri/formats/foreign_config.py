@@ -71,6 +71,26 @@ class ForeignConfig:
             raise self.refuse(key, f"one or {count} whole numbers from 1 to {at_most:,}")
         return tuple(numbers)
 
+    def nested(
+        self, key: str, counts: Sequence[int], *, at_most: int
+    ) -> tuple[tuple[int, ...], ...]:
+        """A list of `counts[i]` whole numbers from 0 to `at_most` for each i; default 1.
+
+        One number stands for all of a list, or for all of all lists.
+        """
+        value = self.values.get(key, 1)
+        outer = value if isinstance(value, list) else [value] * len(counts)
+        rows = [
+            tuple(row) if isinstance(row, list) else (row,) * count
+            for row, count in zip(outer, counts, strict=False)
+        ]
+        sized = [len(row) for row in rows] == [*counts] and len(outer) == len(counts)
+        if not sized or not all(
+            type(number) is int and 0 <= number <= at_most for row in rows for number in row
+        ):
+            raise self.refuse(key, f"whole numbers from 0 to {at_most}, {list(counts)} of them")
+        return tuple(rows)
+
     def number(
         self, key: str, *, default: float | None = None, between: tuple[float, float]
     ) -> float:

@@ -9,6 +9,7 @@ from eri.formats.foreign_config import ForeignConfig
 __all__ = ["UNetConfigFields", "unet_config"]
 
 WITH_ATTENTION = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+MID_WITH_ATTENTION = {"UNetMidBlock2DCrossAttn": True, "UNetMidBlock2D": False}
 UP_NAMES = {True: "CrossAttnUpBlock2D", False: "UpBlock2D"}
 TIME_IDS = 6  # original height and width, crop top and left, target height and width
 
@@ -21,6 +22,7 @@ FIELDS = (
     "block_out_channels",
     "layers_per_block",
     "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
     "attention_head_dim",
     "cross_attention_dim",
     "use_linear_projection",
@@ -46,7 +48,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "freq_shift": (0,),
     "mid_block_only_cross_attention": (False,),
     "mid_block_scale_factor": (1,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "mid_block_type": tuple(MID_WITH_ATTENTION),
     "only_cross_attention": (False,),
     "resnet_out_scale_factor": (1.0,),
     "resnet_skip_time_act": (False,),
@@ -61,8 +63,9 @@ class UNetConfigFields:
 
     Attributes:
         block_channels: of each level.
-        attention_levels: whether a level has transformers; the middle always has.
-        transformer_depth: transformer blocks in each transformer of a level.
+        down_depths: transformer blocks behind each resnet of each level; 0: no transformer.
+        mid_depth: transformer blocks in the middle; None: the middle is a single resnet.
+        up_depths: as `down_depths`, in the order in which the way up runs.
         heads: attention heads of a level, which diffusers calls `attention_head_dim`.
         context_dim: C of the text states.
         linear_projection: transformers are entered and left by a linear layer, not a convolution.
@@ -75,8 +78,9 @@ class UNetConfigFields:
     out_channels: int
     block_channels: tuple[int, ...]
     layers_per_block: int
-    attention_levels: tuple[bool, ...]
-    transformer_depth: tuple[int, ...]
+    down_depths: tuple[tuple[int, ...], ...]
+    mid_depth: int | None
+    up_depths: tuple[tuple[int, ...], ...]
     heads: tuple[int, ...]
     context_dim: int
     linear_projection: bool
@@ -104,16 +108,17 @@ def unet_config(folder: Path) -> UNetConfigFields:
         raise config.refuse("up_block_types", f"the way down mirrored, {', '.join(mirrored)}")
     levels = len(down)
     widths = config.integers("block_out_channels", count=levels, default=0, at_most=2**14)
+    layers = config.integer("layers_per_block", default=2, at_most=8)
     pooled_dim, time_id_dim = _added_conditions(config)
+    down_depths, mid_depth, up_depths = _depths(config, attention, layers)
     fields = UNetConfigFields(
         in_channels=config.integer("in_channels", default=4, at_most=64),
         out_channels=config.integer("out_channels", default=4, at_most=64),
         block_channels=widths,
-        layers_per_block=config.integer("layers_per_block", default=2, at_most=8),
-        attention_levels=attention,
-        transformer_depth=config.integers(
-            "transformer_layers_per_block", count=levels, default=1, at_most=64
-        ),
+        layers_per_block=layers,
+        down_depths=down_depths,
+        mid_depth=mid_depth,
+        up_depths=up_depths,
         heads=config.integers("attention_head_dim", count=levels, default=8, at_most=1024),
         context_dim=config.integer("cross_attention_dim", at_most=2**14),
         linear_projection=config.flag("use_linear_projection", default=False),
@@ -126,6 +131,34 @@ def unet_config(folder: Path) -> UNetConfigFields:
     )
     _require_division(config, fields)
     return fields
+
+
+Depths = tuple[tuple[int, ...], ...]
+
+
+def _depths(
+    config: ForeignConfig, attention: tuple[bool, ...], layers: int
+) -> tuple[Depths, int | None, Depths]:
+    """How deep the transformers are on the way down, in the middle and on the way up."""
+    down = config.nested("transformer_layers_per_block", (layers,) * len(attention), at_most=64)
+    mid = MID_WITH_ATTENTION[
+        config.choice("mid_block_type", [*MID_WITH_ATTENTION], default="UNetMidBlock2DCrossAttn")
+    ]
+    reverse = "reverse_transformer_layers_per_block"
+    if reverse in config.values:
+        up = config.nested(reverse, (layers + 1,) * len(attention), at_most=64)
+    elif any(len(set(depths)) > 1 for depths in down):
+        raise config.refuse(reverse, "the depths of the way up, since those of a level differ")
+    else:
+        up = tuple((depths[0],) * (layers + 1) for depths in reversed(down))
+    return (
+        tuple(d if has else (0,) * layers for d, has in zip(down, attention, strict=True)),
+        down[-1][0] if mid else None,
+        tuple(
+            d if has else (0,) * (layers + 1)
+            for d, has in zip(up, reversed(attention), strict=True)
+        ),
+    )
 
 
 def _added_conditions(config: ForeignConfig) -> tuple[int | None, int | None]:

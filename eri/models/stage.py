@@ -34,7 +34,8 @@ class UNetConfig:
     attend: tuple[bool, ...] = (False, True)  # one entry a layer: attention after its resnet?
     skip_channels: tuple[int, ...] = ()  # C of the skip map that each layer takes (up stages)
     upsample: bool = False  # double H and W at the end, nearest, then a convolution
-    transformer_depth: int | None = None  # None: one LoRAAttention; n: SpatialTransformer of n
+    # one entry a layer, blocks of its SpatialTransformer; None: one LoRAAttention
+    transformer_depth: tuple[int, ...] | None = None
     context_dim: int | None = None  # K of the cross-attention context
     linear_projection: bool = False  # proj_in and proj_out linear (SD2.x, SDXL) or 1x1 (SD1.x)
     temb_channels: int | None = None  # E of the time embedding; None: none
@@ -61,12 +62,17 @@ class UNetConfig:
             raise ValueError("UNetConfig: a stage is either downsampled or upsampled, not both")
         if self.transformer_depth is not None and self.context_dim is None:
             raise ValueError("UNetConfig: transformer_depth needs a context_dim")
+        if self.transformer_depth is not None and len(self.transformer_depth) != len(self.attend):
+            raise ValueError(
+                f"UNetConfig: {len(self.transformer_depth)} transformer_depths for "
+                f"{len(self.attend)} layers; one each is needed"
+            )
 
 
 class _Layer(nn.Module):
     """A resnet and the attention that follows it, if any."""
 
-    def __init__(self, config: UNetConfig, in_channels: int, attends: bool) -> None:
+    def __init__(self, config: UNetConfig, number: int, in_channels: int) -> None:
         super().__init__()
         self.resnet = ResNetBlock(
             in_channels,
@@ -75,14 +81,15 @@ class _Layer(nn.Module):
             groups=config.groups,
             eps=config.eps,
         )
-        self.attention = _attention(config) if attends else None
+        attends = config.use_attention and config.attend[number]
+        self.attention = _attention(config, number) if attends else None
 
     def forward(self, x: Tensor, temb: Tensor | None, context: Tensor | None) -> Tensor:
         x = self.resnet(x, temb)
         return x if self.attention is None else self.attention(x, context)
 
 
-def _attention(config: UNetConfig) -> LoRAAttention | SpatialTransformer:
+def _attention(config: UNetConfig, number: int) -> LoRAAttention | SpatialTransformer:
     if config.transformer_depth is None or config.context_dim is None:
         return LoRAAttention(
             config.out_channels,
@@ -95,7 +102,7 @@ def _attention(config: UNetConfig) -> LoRAAttention | SpatialTransformer:
     return SpatialTransformer(
         config.out_channels,
         config.attention_heads,
-        config.transformer_depth,
+        config.transformer_depth[number],
         context_dim=config.context_dim,
         linear_projection=config.linear_projection,
         groups=config.groups,
@@ -123,8 +130,8 @@ class LoRAUNetBlock(nn.Module):
         skips = config.skip_channels or (0,) * len(config.attend)
         widths = [config.in_channels] + [config.out_channels] * (len(config.attend) - 1)
         self.layers = nn.ModuleList(
-            _Layer(config, width + skip, config.use_attention and attends)
-            for width, skip, attends in zip(widths, skips, config.attend, strict=True)
+            _Layer(config, number, width + skip)
+            for number, (width, skip) in enumerate(zip(widths, skips, strict=True))
         )
         channels = config.out_channels
         self.downsample = Conv2d(channels, channels, 3, 2, 1) if config.downsample else None

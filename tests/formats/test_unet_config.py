@@ -67,8 +67,9 @@ def test_sd15(tmp_path: Path) -> None:
         out_channels=4,
         block_channels=(320, 640, 1280, 1280),
         layers_per_block=2,
-        attention_levels=(True, True, True, False),
-        transformer_depth=(1, 1, 1, 1),
+        down_depths=((1, 1), (1, 1), (1, 1), (0, 0)),
+        mid_depth=1,
+        up_depths=((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1)),
         heads=(8, 8, 8, 8),
         context_dim=768,
         linear_projection=False,
@@ -90,9 +91,25 @@ def test_sd21_has_linear_projections_and_heads_of_64(tmp_path: Path) -> None:
 
 def test_sdxl_has_added_conditions(tmp_path: Path) -> None:
     found = read(tmp_path, SDXL)
-    assert found.attention_levels == (False, True, True)
-    assert found.transformer_depth == (1, 2, 10)
+    assert found.down_depths == ((0, 0), (2, 2), (10, 10))
+    assert found.mid_depth == 10
+    assert found.up_depths == ((10, 10, 10), (2, 2, 2), (0, 0, 0))
     assert (found.pooled_dim, found.time_id_dim) == (1280, 256)
+
+
+def test_a_shallower_sdxl_says_how_deep_each_transformer_is(tmp_path: Path) -> None:
+    found = read(
+        tmp_path,
+        SDXL
+        | {
+            "transformer_layers_per_block": [0, [2, 2], [4, 4]],
+            "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 0],
+            "mid_block_type": "UNetMidBlock2D",
+        },
+    )
+    assert found.down_depths == ((0, 0), (2, 2), (4, 4))
+    assert found.mid_depth is None
+    assert found.up_depths == ((4, 4, 10), (2, 1, 1), (0, 0, 0))
 
 
 def test_what_diffusers_saves_is_read(tmp_path: Path) -> None:

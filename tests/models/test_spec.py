@@ -1,16 +1,26 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from eri.formats.diffusers_folder import unet_config
 from eri.models import UNet
-from eri.models.spec import SD15, build_spec
+from eri.models.spec import SD15, SD21, SDXL, build_spec
+from eri.models.unet import UNetSpec
 from tests.tiny import on_meta
 
 
-def test_stable_diffusion_has_its_published_size() -> None:
-    unet = on_meta(UNet, SD15)
-    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
-    assert len(unet.state_dict()) == 686
+@pytest.mark.parametrize(
+    ("spec", "parameters", "tensors"),
+    [(SD15, 859_520_964, 686), (SD21, 865_910_724, 686), (SDXL, 2_567_463_684, 1680)],
+    ids=lambda value: getattr(value, "family", ""),
+)
+def test_stable_diffusion_has_its_published_size(
+    spec: UNetSpec, parameters: int, tensors: int
+) -> None:
+    unet = on_meta(UNet, spec)
+    assert sum(p.numel() for p in unet.parameters()) == parameters
+    assert len(unet.state_dict()) == tensors
 
 
 def test_what_one_level_pushes_the_other_takes(sd15: Path) -> None:

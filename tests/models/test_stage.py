@@ -150,7 +150,9 @@ def test_c083_a_stack_learns_and_its_base_stays_as_it_is(device: torch.device) -
 
 def test_c084_a_stack_without_attention_has_nothing_to_train() -> None:
     def stack(attention: bool) -> nn.Sequential:
-        one = config(use_attention=attention, lora_rank=None, transformer_depth=1, context_dim=8)
+        one = config(
+            use_attention=attention, lora_rank=None, transformer_depth=(0, 1), context_dim=8
+        )
         return nn.Sequential(LoRAUNetBlock(one))
 
     with pytest.raises(ConfigError, match="nothing to train"):
@@ -198,7 +200,8 @@ def test_a_down_stage_leaves_a_skip_of_each_layer_and_of_the_downsampling() -> N
     [
         ({"upsample": True}, "not both"),
         ({"skip_channels": (1,)}, "1 skip_channels for 2 layers"),
-        ({"transformer_depth": 1}, "needs a context_dim"),
+        ({"transformer_depth": (0, 1)}, "needs a context_dim"),
+        ({"transformer_depth": (1,), "context_dim": 8}, "1 transformer_depths for 2 layers"),
     ],
 )
 def test_what_cannot_be_built_is_refused(changes: dict[str, object], message: str) -> None:
