@@ -19,6 +19,7 @@ os.environ |= {
 
 import torch
 
+from tests.families import save_sd15_real, save_sd21, save_sdxl
 from tests.tiny import save_sd15
 
 torch.set_num_threads(1)
@@ -75,3 +76,21 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small random base model; read only."""
     return save_sd15(tmp_path_factory.mktemp("models") / "sd15")
+
+
+@pytest.fixture(scope="session")
+def sd15_real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small SD1.5 that has CLIP's vocabulary and can be written as one file; read only."""
+    return save_sd15_real(tmp_path_factory.mktemp("models") / "sd15_real")
+
+
+@pytest.fixture(scope="session")
+def sd21(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small random SD2.1; read only."""
+    return save_sd21(tmp_path_factory.mktemp("models") / "sd21")
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small random SDXL; read only."""
+    return save_sdxl(tmp_path_factory.mktemp("models") / "sdxl")

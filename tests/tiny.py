@@ -1,7 +1,7 @@
 """A random base model of SD1.5's topology in diffusers' layout, small enough for every test."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,9 +26,7 @@ def save_sd15(folder: Path) -> Path:
         cross_attention_dim=32,
         norm_num_groups=16,
     )
-    for parameter in unet.parameters():  # norms and zero-initialised layers must matter too
-        parameter.data.add_(0.02 * torch.randn_like(parameter))
-    unet.save_pretrained(folder / "unet")
+    perturbed(unet).save_pretrained(folder / "unet")
     AutoencoderKL(
         block_out_channels=(16, 16, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -49,7 +47,7 @@ def save_sd15(folder: Path) -> Path:
             pad_token_id=1,
         )
     ).save_pretrained(folder / "text_encoder")
-    _save_tokenizer(folder / "tokenizer", vocabulary)
+    save_tokenizer(folder / "tokenizer", vocabulary)
     DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
     ).save_pretrained(folder / "scheduler")
@@ -67,12 +65,22 @@ def _vocabulary() -> list[str]:
     return [*letters, *ends, *(f"{word}</w>" for word in WORDS), "<|startoftext|>", "<|endoftext|>"]
 
 
-def _save_tokenizer(folder: Path, vocabulary: list[str]) -> None:
-    folder.mkdir()
+def perturbed(module: Module) -> Module:
+    """The module with small random numbers added: norms and zero-initialised layers must matter."""
+    for parameter in module.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    return module
+
+
+def save_tokenizer(
+    folder: Path, vocabulary: list[str], merges: Sequence[str] = (), **settings: object
+) -> None:
+    """The files of a CLIP tokenizer; `settings` join its tokenizer_config.json."""
+    folder.mkdir(parents=True)
     table = {token: index for index, token in enumerate(vocabulary)}
     (folder / "vocab.json").write_text(json.dumps(table))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77} | settings
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
