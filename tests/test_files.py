@@ -477,6 +477,18 @@ def test_a_name_that_leads_out_is_refused(tmp_path: Path, name: str) -> None:
         contained(tmp_path / "root", name)
 
 
+def test_a_link_may_lead_into_a_folder_that_is_named(tmp_path: Path) -> None:
+    root, blobs = tmp_path / "root", tmp_path / "blobs"
+    for folder in (root, blobs, tmp_path / "blobs-too"):
+        folder.mkdir()
+    (root / "good").symlink_to(blobs / "x")
+    (root / "bad").symlink_to(tmp_path / "blobs-too" / "x")
+    assert contained(root, "good", links_into=[blobs]) == root / "good"
+    for name in ("bad", "../blobs/x", str(blobs / "x")):
+        with pytest.raises(ModelError, match="leads out of its folder"):
+            contained(root, name, links_into=[blobs])
+
+
 @pytest.mark.parametrize(
     ("text", "name"),
     [

@@ -15,11 +15,13 @@ from eri.formats.unet_config import UNetConfigFields, unet_config
 from eri.printable import printable
 
 __all__ = [
+    "WEIGHT_FILES",
     "NoiseConfig",
     "UNetConfigFields",
     "component",
     "is_folder",
     "scheduler_config",
+    "shard_names",
     "text_config",
     "unet_config",
     "vae_config",
@@ -123,6 +125,19 @@ def weights(folder: Path) -> list[Path]:
     )
 
 
+def shard_names(index: Path) -> list[str]:
+    """The safetensors files that an index names, each once, sorted; they lie beside it.
+
+    Raises:
+        ModelError: the index is damaged, or names something else than files beside it.
+    """
+    named = read_object(index).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(map(_is_plain, named.values())):
+        what = "weight_map does not name the safetensors file of each tensor"
+        raise ModelError(what, where=printable(index), hint="download the folder again")
+    return sorted(set(named.values()))
+
+
 def vae_config(folder: Path) -> dict[str, Any]:
     """Arguments for diffusers' `AutoencoderKL`, out of the config in the part's folder.
 
@@ -202,20 +217,27 @@ def scheduler_config(path: Path) -> NoiseConfig:
 
 
 def _shards(index: Path) -> list[Path]:
-    named = read_object(index).get("weight_map")
-    if not isinstance(named, dict) or not named or not all(map(_is_plain, named.values())):
-        what = "weight_map does not name the safetensors file of each tensor"
-        raise ModelError(what, where=printable(index), hint="download the folder again")
-    files = [contained(index.parent, name) for name in sorted(set(named.values()))]
+    folder = index.parent
+    files = [contained(folder, name, links_into=_blobs(folder)) for name in shard_names(index)]
     missing = [printable(file.name) for file in files if not file.is_file()]
     if missing:
         raise ModelError(
             f"{len(missing)} of {len(files)} weight files are missing",
-            where=printable(index.parent),
+            where=printable(folder),
             hint="download the folder again",
             problems=missing,
         )
     return files
+
+
+def _blobs(folder: Path) -> list[Path]:
+    """Where the files of a part really lie when it belongs to a snapshot in a cache of the Hub.
+
+    `<cache>/models--owner--name/snapshots/<commit>/unet/x` is a link into `blobs/` of the
+    repository, which may be one into `blobs/` of the cache.
+    """
+    repository = next((p.parent for p in folder.absolute().parents if p.name == "snapshots"), None)
+    return [] if repository is None else [repository / "blobs", repository.parent / "blobs"]
 
 
 def _is_plain(name: Any) -> bool:

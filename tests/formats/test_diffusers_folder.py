@@ -112,6 +112,18 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
         weights(index.parent)
 
 
+@pytest.mark.parametrize("blobs", ["hub/models--a--b/blobs", "hub/blobs/ab"])
+def test_a_snapshot_of_the_hub_links_into_its_blobs(tmp_path: Path, blobs: str) -> None:
+    unet = tmp_path / "hub/models--a--b/snapshots/0123/unet"
+    put(unet / "model.safetensors.index.json", {"weight_map": {"a": SHARDS[0]}})
+    (unet / SHARDS[0]).symlink_to(put(tmp_path / blobs / "c0ffee"))
+    assert weights(unet) == [unet / SHARDS[0]]
+    (unet / SHARDS[0]).unlink()
+    (unet / SHARDS[0]).symlink_to(put(tmp_path / "hub/models--c--d/secret"))
+    with pytest.raises(ModelError, match="leads out of its folder"):
+        weights(unet)
+
+
 def test_no_weights(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no weights"):
         weights(tmp_path)
