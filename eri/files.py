@@ -266,19 +266,15 @@ def require_space(folder: Path, size: int) -> None:
 
 
 def contained(root: Path, name: str, *, links_into: Sequence[Path] = ()) -> Path:
-    """The path `name` below `root`, for names that come out of a file.
-
-    Args:
-        root: the folder that it may not leave.
-        name: "/"-separated.
-        links_into: other folders that a link may lead into; the name itself may not.
+    """The path `name` below `root`, for names that come out of a file; `links_into` names other
+    folders that a link, not the name itself, may lead into.
 
     Raises:
         ModelError: the name is absolute or leads out of `root`, also through a link.
     """
     try:
-        by_name = Path(os.path.normpath(root / name)).is_relative_to(os.path.normpath(root))
-        homes = (root, *links_into) if by_name else (root,)
+        below = Path(os.path.normpath(root / name)).is_relative_to(os.path.normpath(root))
+        homes = (root, *links_into) if below else (root,)
         real = Path(os.path.realpath(root / name))
         inside = any(real.is_relative_to(os.path.realpath(home)) for home in homes)
     except ValueError:  # a NUL or a lone surrogate: no file has such a name
