@@ -11,6 +11,41 @@ def test_stable_diffusions_schedule(t: int, alpha: float) -> None:
     assert NoiseSchedule().alphas_cumprod[t].item() == pytest.approx(alpha, rel=1e-5)
 
 
+RESCALED = {0: 0.99915, 100: 0.8867612845, 500: 0.2410187828, 900: 0.0029603934, 998: 1.9679e-7}
+
+
+def zero_terminal_snr() -> NoiseSchedule:
+    return NoiseSchedule(prediction="v_prediction", zero_terminal_snr=True)
+
+
+@pytest.mark.parametrize(("t", "alpha"), RESCALED.items())
+def test_the_rescaled_schedule(t: int, alpha: float) -> None:
+    assert zero_terminal_snr().alphas_cumprod[t].item() == pytest.approx(alpha, rel=1e-5)
+
+
+def test_the_rescaled_betas_are_those_of_diffusers() -> None:
+    from diffusers.schedulers.scheduling_euler_discrete import rescale_zero_terminal_snr
+
+    plain, rescaled = NoiseSchedule().betas, zero_terminal_snr().betas
+    torch.testing.assert_close(rescaled, rescale_zero_terminal_snr(plain), atol=1e-12, rtol=0)
+    assert rescaled.dtype == torch.float64
+    assert (rescaled - plain).abs().max() > 0.5
+
+
+def test_with_zero_terminal_snr_the_last_step_is_pure_noise_and_its_target_the_image() -> None:
+    latents, noise, last = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.tensor([999])
+    schedule = zero_terminal_snr()
+    assert torch.equal(schedule.add_noise(latents, noise, last), noise)
+    assert torch.equal(schedule.target(latents, noise, last), -latents)
+    leaking = NoiseSchedule().add_noise(latents, noise, last)
+    assert (leaking - noise).abs().max() > 0.05
+
+
+def test_zero_terminal_snr_cannot_be_learned_from_the_noise() -> None:
+    with pytest.raises(ValueError, match="zero_terminal_snr: expected v_prediction"):
+        NoiseSchedule(zero_terminal_snr=True)
+
+
 def test_linear_betas_are_even() -> None:
     betas = NoiseSchedule(beta_start=0.1, beta_end=0.3, beta_schedule="linear", timesteps=3).betas
     assert betas.tolist() == pytest.approx([0.1, 0.2, 0.3])
