@@ -14,10 +14,6 @@ __all__ = ["schema_problems"]
 
 LATER = frozenset(
     {
-        ("model", "vae"),
-        ("model", "prediction"),
-        ("model", "zero_terminal_snr"),
-        ("model", "clip_skip"),
         ("data", "repeats"),
         ("data", "flip"),
         ("train", "epochs"),
