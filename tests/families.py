@@ -15,23 +15,52 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.compvis_names import Tensors, compvis_unet_names, compvis_vae_name, open_clip
 from tests.tiny import perturbed, save_tokenizer
-
-Tensors = dict[str, torch.Tensor]
 
 MERGES = Path(__file__).parents[1] / "eri/models/clip/merges.txt.gz"
 WIDTH = 64  # of every text encoder: one head, as CLIP's heads are 64 wide
 START, END = "<|startoftext|>", "<|endoftext|>"
+SD15_UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (32, 32, 64, 64),
+    "attention_head_dim": 8,  # diffusers' name for the number of heads
+    "cross_attention_dim": WIDTH,
+}
+SD21_UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (64, 64, 64, 128),
+    "attention_head_dim": [1, 1, 1, 2],
+    "cross_attention_dim": WIDTH,
+    "use_linear_projection": True,
+    "upcast_attention": True,
+}
+SDXL_UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64, 128),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": [1, 1, 2],
+    "transformer_layers_per_block": [1, 1, 2],
+    "cross_attention_dim": 2 * WIDTH,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": WIDTH + 6 * 256,
+}
 
 # ------------------------------------------------------------------------------ whole folders
 
 
-def save_sd15_real(folder: Path) -> Path:
-    """SD1.5 with the real vocabulary, 32 groups in every norm and 8 heads."""
+def save_sd15_real(folder: Path, **unet: Any) -> Path:
+    """SD1.5 with the real vocabulary, 32 groups in every norm and 8 heads.
+
+    In all three, `unet` replaces fields of the U-Net's config (`in_channels=9`: inpainting).
+    """
     from diffusers import PNDMScheduler
 
     torch.manual_seed(15)
-    _save_unet(folder, (32, 32, 64, 64), attention_head_dim=8, cross_attention_dim=WIDTH)
+    _save_unet(folder, SD15_UNET | unet)
     _save_vae(folder)
     _save_text(folder / "text_encoder", hidden_act="quick_gelu")
     _save_clip_tokenizer(folder / "tokenizer", pad=END)
@@ -41,19 +70,12 @@ def save_sd15_real(folder: Path) -> Path:
     return _save_index(folder, "StableDiffusionPipeline", "PNDMScheduler")
 
 
-def save_sd21(folder: Path) -> Path:
+def save_sd21(folder: Path, **unet: Any) -> Path:
     """SD2.1: a v model with linear projections, heads 64 wide, and OpenCLIP's first layers."""
     from diffusers import DDIMScheduler
 
     torch.manual_seed(21)
-    _save_unet(
-        folder,
-        (64, 64, 64, 128),
-        attention_head_dim=[1, 1, 1, 2],
-        cross_attention_dim=WIDTH,
-        use_linear_projection=True,
-        upcast_attention=True,
-    )
+    _save_unet(folder, SD21_UNET | unet)
     _save_vae(folder)
     _save_text(folder / "text_encoder", hidden_act="gelu", projection_dim=512)
     _save_clip_tokenizer(folder / "tokenizer", pad="!")
@@ -68,24 +90,12 @@ def save_sd21(folder: Path) -> Path:
     return _save_index(folder, "StableDiffusionPipeline", "DDIMScheduler")
 
 
-def save_sdxl(folder: Path) -> Path:
+def save_sdxl(folder: Path, **unet: Any) -> Path:
     """SDXL base: three levels, the first without attention, and two text encoders."""
     from diffusers import EulerDiscreteScheduler
 
     torch.manual_seed(10)
-    _save_unet(
-        folder,
-        (32, 64, 128),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=[1, 1, 2],
-        transformer_layers_per_block=[1, 1, 2],
-        cross_attention_dim=2 * WIDTH,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=WIDTH + 6 * 256,
-    )
+    _save_unet(folder, SDXL_UNET | unet)
     _save_vae(folder, scaling_factor=0.13025, force_upcast=True)
     _save_text(folder / "text_encoder", hidden_act="quick_gelu")
     _save_text(folder / "text_encoder_2", hidden_act="gelu", projected=True)
@@ -95,32 +105,30 @@ def save_sdxl(folder: Path) -> Path:
     return _save_index(folder, "StableDiffusionXLPipeline", "EulerDiscreteScheduler")
 
 
-def _save_unet(folder: Path, widths: tuple[int, ...], **config: Any) -> None:
+def _save_unet(folder: Path, config: Mapping[str, Any]) -> None:
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel(sample_size=8, block_out_channels=widths, **config)
-    perturbed(unet).save_pretrained(folder / "unet")
+    perturbed(UNet2DConditionModel(**config)).save_pretrained(folder / "unet")
 
 
 def _save_vae(folder: Path, **config: Any) -> None:
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(
-        block_out_channels=(32, 32, 64, 64),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        norm_num_groups=32,
-        sample_size=64,
-        **config,
-    )
-    perturbed(vae).save_pretrained(folder / "vae")
+    settings: dict[str, Any] = {
+        "block_out_channels": (32, 32, 64, 64),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "sample_size": 64,
+    }
+    perturbed(AutoencoderKL(**settings | config)).save_pretrained(folder / "vae")
 
 
 def _save_text(folder: Path, *, projected: bool = False, **config: Any) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    settings = {
+    settings: dict[str, Any] = {
         "hidden_size": WIDTH,
         "intermediate_size": 4 * WIDTH,
         "num_hidden_layers": 3 if projected else 2,
@@ -215,42 +223,63 @@ def single_file(
     loose: bool = False,
     position_ids: torch.dtype = torch.int64,
     markers: Iterable[str] = (),
+    extra: Mapping[str, torch.Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Rewrite a folder to one file as the sharing sites have them; every option is an oddity.
 
     Args:
         without: parts to leave out: `unet`, `vae`, `text`.
-        dtype: of the weights, one for all or by name in the file; None: as they are.
+        dtype: of the weights, one for all or by name in the file (`mixed`); None: as they are.
         unet: whose names; `bare` are CompVis names without `model.diffusion_model.`.
         vae: whose names; `bare` and `vae.` are CompVis names without or with another prefix.
-        text: `without_text_model` as some merges of SD1 have it; `sgm` puts SD2's encoder where
-            SDXL has its first (SD-turbo).
+        text: `without_text_model` as some merges have CLIP-L; `sgm` puts SD2's encoder where SDXL
+            has its first one (SD-turbo).
         projection: `weight` stores the projection [P, W] as text_projection.weight.
         conv_projections: store proj_in and proj_out of SD2 as 1x1 convolutions.
         ema: add a moving average of the U-Net, twice its weights.
         loose: add the schedule and, for CLIP-L, position ids of dtype `position_ids`.
         markers: names of empty tensors to add (`v_pred`, `ztsnr`).
+        extra: any other tensors, by their whole names.
+        metadata: of the header.
     """
-    parts = {"unet", "vae", "text"} - set(without)
+    without = set(without)
+    if unknown := without - {"unet", "vae", "text"}:
+        raise ValueError(f"no such part: {unknown}")
     tensors: Tensors = {}
-    if "unet" in parts:
+    if "unet" not in without:
         tensors |= _single_unet(folder, unet, conv_projections)
-    if "vae" in parts:
+    if "vae" not in without:
         tensors |= _single_vae(folder, vae)
-    if "text" in parts:
+    if "text" not in without:
         tensors |= _single_text(folder, text, projection)
     if ema:
         tensors |= _moving_average(tensors)
-    if dtype is not None:
-        choose = dtype if callable(dtype) else lambda _: dtype
-        tensors = {name: tensor.to(choose(name)) for name, tensor in tensors.items()}
+    tensors = {name: _cast(name, tensor, dtype) for name, tensor in tensors.items()}
     if loose:
         tensors |= _loose_tensors(tensors, position_ids)
-    tensors |= {marker: torch.empty(0) for marker in markers}
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, path, dict(metadata) if metadata else None)
+    tensors |= {marker: torch.empty(0) for marker in markers} | dict(extra or {})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        path,
+        dict(metadata) if metadata else None,
+    )
     return path
+
+
+def mixed(name: str) -> torch.dtype:
+    """A dtype by name, for `single_file`: each part its own, and float32 for every bias."""
+    if name.endswith("bias") or name.startswith("first_stage_model."):
+        return torch.float32
+    return torch.float16 if name.startswith("model.") else torch.bfloat16
+
+
+def _cast(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype | Callable[[str], torch.dtype] | None
+) -> torch.Tensor:
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(dtype(name) if callable(dtype) else dtype)
 
 
 def _single_unet(folder: Path, naming: str, conv_projections: bool) -> Tensors:
@@ -268,55 +297,6 @@ def _as_conv(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if re.search(r"\.proj_(in|out)\.weight$", name) and tensor.ndim == 2:
         return tensor[:, :, None, None]
     return tensor
-
-
-FIXED_UNET = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-
-
-def compvis_unet_names(names: Iterable[str]) -> dict[str, str]:
-    """The CompVis name of each of diffusers' names of a U-Net's tensors."""
-    names = list(names)
-    return {name: _compvis_unet_name(name, names) for name in names}
-
-
-def _compvis_unet_name(name: str, names: list[str]) -> str:
-    layer, _, kind = name.rpartition(".")  # kind: weight or bias
-    if layer in FIXED_UNET:
-        return f"{FIXED_UNET[layer]}.{kind}"
-    if inner := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)", layer):
-        what, index, rest = inner.groups()
-        position = 1 if what == "attentions" else 2 * int(index)
-        return f"middle_block.{position}.{RESNET.get(rest, rest)}.{kind}"
-    found = re.fullmatch(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.+)", layer)
-    if found is None:
-        raise ValueError(f"no rule for {name}")
-    way, level, what, index, rest = found.groups()
-    block = 3 * int(level) + int(index)
-    if what == "downsamplers":
-        return f"input_blocks.{3 * int(level) + 3}.0.op.{kind}"
-    if what == "upsamplers":
-        has_attention = any(other.startswith(f"up_blocks.{level}.attentions.") for other in names)
-        return f"output_blocks.{3 * int(level) + 2}.{2 if has_attention else 1}.conv.{kind}"
-    place = f"input_blocks.{block + 1}" if way == "down" else f"output_blocks.{block}"
-    if what == "resnets":
-        return f"{place}.0.{RESNET[rest]}.{kind}"
-    return f"{place}.1.{rest}.{kind}"
 
 
 def _single_vae(folder: Path, naming: str) -> Tensors:
@@ -340,46 +320,21 @@ def _old_vae_name(name: str) -> str:
     return re.sub(r"\.(to_[qkv]|to_out\.0)\.", lambda found: f".{old[found[1]]}.", name)
 
 
-VAE_ATTENTION = {
-    "group_norm": "norm",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "proj_out",
-}
-
-
-def compvis_vae_name(name: str) -> str:
-    """The CompVis name of one of diffusers' names of an autoencoder's tensors."""
-    name = name.replace("conv_norm_out.", "norm_out.").replace("conv_shortcut.", "nin_shortcut.")
-    if found := re.fullmatch(r"(\w+)\.mid_block\.attentions\.0\.(.+)\.(\w+)", name):
-        side, layer, kind = found.groups()
-        return f"{side}.mid.attn_1.{VAE_ATTENTION[layer]}.{kind}"
-    if found := re.fullmatch(r"(\w+)\.mid_block\.resnets\.(\d)\.(.+)", name):
-        side, index, rest = found.groups()
-        return f"{side}.mid.block_{int(index) + 1}.{rest}"
-    found = re.fullmatch(r"(\w+)\.(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.+)", name)
-    if found is None:
-        return name
-    side, way, level, what, index, rest = found.groups()
-    level = 3 - int(level) if way == "up" else int(level)
-    if what == "resnets":
-        return f"{side}.{way}.{level}.block.{index}.{rest}"
-    return f"{side}.{way}.{level}.{way}sample.{rest}"
-
-
 def _single_text(folder: Path, layout: str, projection: str) -> Tensors:
     first = load_file(folder / "text_encoder/model.safetensors")
+    activation = json.loads((folder / "text_encoder/config.json").read_text())["hidden_act"]
+    is_open_clip = activation == "gelu"
+    if layout != "usual" and is_open_clip != (layout == "sgm"):
+        raise ValueError(f"no file of this family has its text encoder {layout!r}")
+    if layout == "without_text_model":
+        first = {name.removeprefix("text_model."): tensor for name, tensor in first.items()}
     if (folder / "text_encoder_2").exists():
         second = load_file(folder / "text_encoder_2/model.safetensors")
         return {
             **_prefixed("conditioner.embedders.0.transformer.", first),
             **_prefixed("conditioner.embedders.1.model.", open_clip(second, projection)),
         }
-    activation = json.loads((folder / "text_encoder/config.json").read_text())["hidden_act"]
-    if activation == "quick_gelu":
-        if layout == "without_text_model":
-            first = {name.removeprefix("text_model."): tensor for name, tensor in first.items()}
+    if not is_open_clip:
         return _prefixed("cond_stage_model.transformer.", first)
     prefix = "conditioner.embedders.0.model." if layout == "sgm" else "cond_stage_model.model."
     return _prefixed(prefix, open_clip(_with_last_layer(first), projection))
@@ -406,41 +361,9 @@ def _with_last_layer(tensors: Tensors) -> Tensors:
     return tensors | extra
 
 
-OPEN_CLIP = {
-    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm.weight": "ln_final.weight",
-    "text_model.final_layer_norm.bias": "ln_final.bias",
-}
-OPEN_CLIP_LAYER = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "self_attn.out_proj": "attn.out_proj",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
-
-
-def open_clip(tensors: Tensors, projection: str = "parameter") -> Tensors:
-    """Transformers' tensors of a text encoder as OpenCLIP's, with a scale of the logits."""
-    result: Tensors = {"logit_scale": torch.tensor(4.6052)}
-    for name, tensor in tensors.items():
-        found = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-        if name == "text_projection.weight" and projection == "parameter":
-            result["text_projection"] = tensor.T
-        elif found is None:
-            result[OPEN_CLIP.get(name, name)] = tensor
-        elif found[2] in OPEN_CLIP_LAYER:
-            layer = OPEN_CLIP_LAYER[found[2]]
-            result[f"transformer.resblocks.{found[1]}.{layer}.{found[3]}"] = tensor
-        elif found[2] == "self_attn.q_proj":
-            rows = [tensors[name.replace("q_proj", f"{which}_proj")] for which in "qkv"]
-            place = f"transformer.resblocks.{found[1]}.attn.in_proj_{found[3]}"
-            result[place] = torch.cat(rows)
-    return result
-
-
 def _moving_average(tensors: Tensors) -> Tensors:
+    if "model.diffusion_model.input_blocks.0.0.weight" not in tensors:
+        raise ValueError("a moving average goes with a U-Net of CompVis names")
     copies = {
         "model_ema." + name.removeprefix("model.").replace(".", ""): 2 * tensor
         for name, tensor in tensors.items()
