@@ -11,6 +11,7 @@ from PIL import Image
 
 from eri.diffusion import Sampler
 from eri.run.base import load_base, look_at
+from eri.run.conditions import guide
 from eri.run.preview import Painter
 
 ROOT = Path(__file__).parents[1]
@@ -30,10 +31,10 @@ def test_the_model_draws_the_colour_it_is_asked_for_on_white(sampler: Sampler) -
         guidance=5.0,
         seed=0,
     )
-    prompts = ["", "green heart", "blue heart, drawn chalk style", "large red circle"]
-    negative, *contexts = base.text.encode(prompts)[0]
-    for strongest, context in zip((1, 2, 0), contexts, strict=True):
-        pixels = np.asarray(painter.paint(context, negative, size=128, number=0)).astype(float)
+    prompts = ["green heart", "blue heart, drawn chalk style", "large red circle"]
+    for strongest, prompt in zip((1, 2, 0), prompts, strict=True):
+        picture = painter.paint(*guide(base.text, prompt, ""), size=128, number=0)
+        pixels = np.asarray(picture).astype(float)
         assert pixels[50:80, 50:80].mean((0, 1)).argmax() == strongest
         assert pixels[:12, :12].mean() > 240
 

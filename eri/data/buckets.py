@@ -21,7 +21,17 @@ from torch import Tensor
 from eri.data.folder import Item
 from eri.data.listing import note
 
-__all__ = ["Assignment", "Fitted", "Geometry", "Shape", "assign", "fit", "geometry", "shapes"]
+__all__ = [
+    "Assignment",
+    "Fitted",
+    "Geometry",
+    "Shape",
+    "assign",
+    "fit",
+    "geometry",
+    "shapes",
+    "size_ids",
+]
 
 MAX_ASPECT = 2
 
@@ -114,6 +124,24 @@ def geometry(width: int, height: int, shape: Shape) -> Geometry:
         scaled = Shape(max(shape.height, scaled_height), shape.width)
     top, left = (scaled.height - shape.height) // 2, (scaled.width - shape.width) // 2
     return Geometry(scaled, top, left)
+
+
+def size_ids(width: int, height: int, shape: Shape) -> tuple[int, int, int, int, int, int]:
+    """The six numbers that SDXL is told of an image's cut; known without its pixels.
+
+    Source: Podell et al., arXiv 2307.01952, section 2.2. The corner is the one where `fit` cuts.
+
+    Args:
+        width: of the upright image, in pixels.
+        height: of the same.
+        shape: what it is cut to.
+
+    Returns:
+        Height and width of the image, top and left of the cut in pixels of the scaled image,
+        height and width of the shape.
+    """
+    _, top, left = geometry(width, height, shape)
+    return (height, width, top, left, shape.height, shape.width)
 
 
 def fit(image: Image.Image, shape: Shape) -> Fitted:

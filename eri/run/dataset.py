@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress as Bar
-from torch import Tensor
 
 from eri.config import Config, DataSource
 from eri.data import Item, Latents, Progress, Shape, assign, cache_latents, decode, scan
 from eri.models.text import TextEncoder
 from eri.printable import printable
 from eri.run.base import Base, BaseFacts
+from eri.run.conditions import Condition, encode, size_tensor
 from eri.run.objective import Sample
 from eri.train import say
 
@@ -86,22 +86,30 @@ def _look(
 
 
 class Samples(Sequence[Sample]):
-    """Encoded images with the text states of their captions; latents are read when asked for."""
+    """Encoded images with the conditions of their captions; latents are read when asked for."""
 
     def __init__(
-        self, items: Sequence[Item], latents: Latents, contexts: dict[str, Tensor]
+        self, images: ImageSet, latents: Latents, conditions: dict[str, Condition]
     ) -> None:
-        self.items = items
+        self.images = images
         self.latents = latents
-        self.contexts = contexts
+        self.conditions = conditions
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # no slices
-        item, latent = self.items[index], self.latents[index]
-        file = printable(item.path)
-        return Sample(file, latent.mean, latent.std, self.contexts[item.caption])
+        item, latent = self.images.items[index], self.latents[index]
+        condition = self.conditions[item.caption]
+        sizes = size_tensor(item.width, item.height, self.images.shapes[index])
+        return Sample(
+            file=printable(item.path),
+            mean=latent.mean,
+            std=latent.std,
+            context=condition.context,
+            pooled=condition.pooled,
+            time_ids=None if condition.pooled is None else sizes,
+        )
 
 
 class Encoder:
@@ -115,7 +123,7 @@ class Encoder:
         """Encode images, from the cache where they are there, and their captions."""
         captions = list(dict.fromkeys(item.caption for item in images.items))
         self._tell_what_is_cut(base.text, images)
-        contexts = dict(zip(captions, self.contexts(base.text, captions), strict=True))
+        conditions = dict(zip(captions, self._conditions(base.text, captions), strict=True))
         with told(self.console, "encoding images", self.check_stop) as progress:
             latents = cache_latents(
                 images.items,
@@ -124,16 +132,14 @@ class Encoder:
                 encoder=f"{base.facts.hashes['vae']} fp32 {base.vae.model.device.type}",
                 progress=progress,
             )
-        return Samples(images.items, latents, contexts)
+        return Samples(images, latents, conditions)
 
-    def contexts(self, text: TextEncoder, prompts: Sequence[str]) -> list[Tensor]:
-        """The text states of each prompt, `[S, K]` on the CPU."""
-        states: list[Tensor] = []
+    def _conditions(self, text: TextEncoder, prompts: Sequence[str]) -> list[Condition]:
+        conditions: list[Condition] = []
         for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-            context, _ = text.encode(prompts[start : start + PROMPTS_AT_ONCE])
-            states += context.cpu().unbind()
+            conditions += encode(text, prompts[start : start + PROMPTS_AT_ONCE])
             self.check_stop()
-        return states
+        return conditions
 
     def _tell_what_is_cut(self, text: TextEncoder, images: ImageSet) -> None:
         for item in images.items:

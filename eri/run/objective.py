@@ -9,8 +9,9 @@ from torch import Tensor
 from eri.diffusion import NoiseSchedule, denoising_loss
 from eri.models.unet import UNet
 from eri.rng import generator, normal
+from eri.run.conditions import Condition, Conditions, stack
 
-__all__ = ["Objective", "Sample", "SampleBatch", "ValidationLoss", "validate"]
+__all__ = ["Objective", "Sample", "SampleBatch", "ValidationLoss", "conditions_of", "validate"]
 
 VALIDATION_TIMESTEPS = 8
 VALIDATION_NOISES = 4
@@ -24,6 +25,13 @@ class Sample:
     mean: Tensor  # of its latent, [C, H, W]
     std: Tensor  # [C, H, W]
     context: Tensor  # text states of its caption, [S, K]
+    pooled: Tensor | None = None  # of its caption, [P]; SDXL
+    time_ids: Tensor | None = None  # how it was scaled and cut, float32 [6]; SDXL
+
+    @property
+    def condition(self) -> Condition:
+        """Of its caption."""
+        return Condition(self.context, self.pooled)
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,12 @@ class SampleBatch:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+
+def conditions_of(unet: UNet, samples: Sequence[Sample]) -> Conditions:
+    """What the U-Net is told of some samples, as one batch on its device."""
+    conditions = [sample.condition for sample in samples]
+    return stack(unet, conditions, [sample.time_ids for sample in samples])
 
 
 class Objective:
@@ -66,22 +80,23 @@ class Objective:
         shape = tuple(batch.samples[0].mean.shape)
         mean = torch.stack([sample.mean for sample in batch.samples])
         std = torch.stack([sample.std for sample in batch.samples])
-        context = torch.stack([sample.context for sample in batch.samples])
         latents = mean + std * normal(shape, self.seed, "latent", samples=batch.numbers)
         noise = normal(shape, self.seed, "noise", samples=batch.numbers)
         timesteps = torch.stack([self._timestep(number) for number in batch.numbers])
         if self.drops:
             draws = generator(self.seed, "dropout", sample=batch.numbers[0])
             torch.manual_seed(draws.initial_seed())
-        return self.loss_at(latents, noise, timesteps, context)
+        conditions = conditions_of(self.unet, batch.samples)
+        return self.loss_at(latents, noise, timesteps, conditions)
 
-    def loss_at(self, latents: Tensor, noise: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def loss_at(
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditions: Conditions
+    ) -> Tensor:
         """The loss of latents `[B, C, H, W]` with these draws, float32 `[B]`."""
         unet = self.unet
-        context = context.to(unet.device, unet.dtype)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            return unet(x.to(unet.dtype), t, context)
+            return unet(x.to(unet.dtype), t, *conditions)
 
         latents, noise = latents.to(unet.device), noise.to(unet.device)
         return denoising_loss(predict, latents, noise, timesteps.to(unet.device), self.schedule)
@@ -117,13 +132,14 @@ def validate(objective: Objective, samples: Sequence[Sample]) -> ValidationLoss:
 def _held_out(objective: Objective, sample: Sample, timesteps: Tensor) -> Tensor:
     """The loss of one image at each timestep, `[8]` on the CPU, averaged over the noises."""
     shape, count = tuple(sample.mean.shape), len(timesteps)
+    conditions = conditions_of(objective.unet, [sample] * count)
     noises = normal(shape, 0, "validation", samples=range(VALIDATION_NOISES))
     losses = [
         objective.loss_at(
             sample.mean.expand(count, *shape),
             noise.expand(count, *shape),
             timesteps,
-            sample.context.expand(count, *sample.context.shape),
+            conditions,
         )
         for noise in noises
     ]

@@ -9,6 +9,7 @@ from torch.amp import GradScaler
 from eri.adapters import Adapter, attach
 from eri.config import Config
 from eri.run.base import Base, BaseFacts, load_base
+from eri.run.conditions import guide
 from eri.run.dataset import Encoder, Images, Samples
 from eri.run.objective import Objective
 from eri.run.plan import RunPlan
@@ -43,7 +44,6 @@ def build(
     base = load_base(facts, dtype=plan.dtype, device=plan.device)
     samples = encoder.samples(base, images.train)
     validation = encoder.samples(base, images.validation)
-    contexts = encoder.contexts(base.text, [config.sample.negative, *plan.prompts])
     adapter = attach(
         base.unet,
         rank=config.adapter.rank,
@@ -84,8 +84,9 @@ def build(
             ),
             prompts=plan.prompts,
             negative_prompt=config.sample.negative,
-            negative=contexts[0],
-            contexts=torch.stack(contexts[1:]),
+            conditions=[
+                guide(base.text, prompt, config.sample.negative) for prompt in plan.prompts
+            ],
             adapter=adapter,
             size=plan.size,
             folder=config.output / "samples",

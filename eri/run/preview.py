@@ -10,11 +10,13 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from eri.adapters import Adapter
+from eri.data import Shape
 from eri.diffusion import NoiseSchedule, Sampler, sample
 from eri.files import atomic_write, disk_errors
 from eri.models.unet import UNet
 from eri.models.vae import VAE
 from eri.rng import normal
+from eri.run.conditions import Condition, Conditions, size_tensor, stack
 from eri.run.sheet import contact_sheet
 
 __all__ = ["Painter", "Previews", "save_png"]
@@ -34,17 +36,21 @@ class Painter:
     guidance: float
     seed: int
 
-    def paint(self, context: Tensor, negative: Tensor, *, size: int, number: int) -> Image.Image:
+    def paint(
+        self, prompt: Condition, negative: Condition, *, size: int, number: int
+    ) -> Image.Image:
         """Draw one picture; it depends on the seed and its number, not on other pictures.
 
+        SDXL is told that it is of a whole image of this size, not of a part of a larger one.
+
         Args:
-            context: text states of the prompt, `[S, K]`.
-            negative: text states of the negative prompt, `[S, K]`.
+            prompt: its condition.
+            negative: the condition of the negative prompt, with as many text states.
             size: side in pixels, a multiple of what the U-Net can halve.
             number: of the picture among those of the seed.
         """
         unet = self.unet
-        both = torch.stack([negative, context]).to(unet.device, unet.dtype)
+        both = stack(unet, [negative, prompt], [size_tensor(size, size, Shape(size, size))] * 2)
         side = size // self.vae.factor
         noise = normal((unet.spec.in_channels, side, side), self.seed, "preview", samples=[number])
         was_training = unet.training
@@ -61,10 +67,10 @@ class Painter:
         levels = pixels.round().clamp(0, 255).to(torch.uint8)
         return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
-    def _guided(self, x: Tensor, t: Tensor, both: Tensor) -> Tensor:
+    def _guided(self, x: Tensor, t: Tensor, both: Conditions) -> Tensor:
         """Classifier-free guidance: Ho and Salimans, arXiv 2207.12598, equation 6."""
         twice = torch.cat([x, x]).to(self.unet.dtype)
-        without, given = self.unet(twice, torch.cat([t, t]), both).float().chunk(2)
+        without, given = self.unet(twice, torch.cat([t, t]), *both).float().chunk(2)
         return without + self.guidance * (given - without)
 
 
@@ -75,9 +81,8 @@ class Previews:
     painter: Painter
     adapter: Adapter
     prompts: Sequence[str]
-    contexts: Tensor  # text states of the prompts, [B, S, K]
     negative_prompt: str
-    negative: Tensor  # its text states, [S, K]
+    conditions: Sequence[tuple[Condition, Condition]]  # of each prompt and its negative one
     size: int  # side in pixels
     folder: Path
 
@@ -120,9 +125,8 @@ class Previews:
         drawn_with = self._describe(number)
         picture = _read(path, drawn_with)
         if picture is None:
-            picture = self.painter.paint(
-                self.contexts[number], self.negative, size=self.size, number=number
-            )
+            prompt, negative = self.conditions[number]
+            picture = self.painter.paint(prompt, negative, size=self.size, number=number)
             save_png(picture, path, drawn_with)
         return picture
 

@@ -10,6 +10,7 @@ from eri.errors import ConfigError
 from eri.printable import printable
 from eri.run.adapter_files import CONFIG, find_adapter
 from eri.run.base import load_base, look_at
+from eri.run.conditions import guide
 from eri.run.device import choose_device, choose_dtype
 from eri.run.export import refuse_existing
 from eri.run.memory import memory_errors
@@ -59,7 +60,6 @@ def draw(drawing: Drawing, output: Path, *, overwrite: bool = False) -> str:
         base = load_base(facts, dtype=choose_dtype("auto", device), device=device)
         if adapter is not None:
             load_adapter(base.unet, adapter).set_strength(drawing.strength)
-        negative, *contexts = base.text.encode([drawing.negative, *drawing.prompts])[0]
         painter = Painter(
             unet=base.unet,
             vae=base.vae,
@@ -70,8 +70,8 @@ def draw(drawing: Drawing, output: Path, *, overwrite: bool = False) -> str:
             seed=drawing.seed,
         )
         pictures = [
-            painter.paint(context, negative, size=size, number=number)
-            for number, context in enumerate(contexts)
+            painter.paint(*guide(base.text, prompt, drawing.negative), size=size, number=number)
+            for number, prompt in enumerate(drawing.prompts)
         ]
     one = len(pictures) == 1
     save_png(pictures[0] if one else contact_sheet([("", pictures)], drawing.prompts), output)

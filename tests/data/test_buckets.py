@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from eri.data.buckets import Shape, assign, fit, geometry, shapes
+from eri.data.buckets import Shape, assign, fit, geometry, shapes, size_ids
 from eri.data.folder import Item
 
 
@@ -131,6 +131,58 @@ def test_the_cut_is_that_of_scaling_first(size: tuple[int, int]) -> None:
     assert fitted.pixels.dtype == torch.uint8
     assert (fitted.original, fitted.top, fitted.left) == ((size[1], size[0]), top, left)
     assert np.abs(fitted.pixels.permute(1, 2, 0).numpy() - expected).max() <= 2
+
+
+def marked(width: int, height: int, column: int, row: int) -> Image.Image:
+    """Black, with a white disc about a point."""
+    image = Image.new("RGB", (width, height))
+    radius = min(width, height) / 20
+    corners = (column - radius, row - radius, column + radius, row + radius)
+    ImageDraw.Draw(image).ellipse(corners, fill="white")
+    return image
+
+
+def found(pixels: torch.Tensor) -> tuple[float, float]:
+    """Row and column of the light's centre."""
+    light = pixels[0].double()
+    rows, columns = torch.arange(light.shape[0]) + 0.5, torch.arange(light.shape[1]) + 0.5
+    row, column = light.sum(1) @ rows.double(), light.sum(0) @ columns.double()
+    return (row / light.sum()).item(), (column / light.sum()).item()
+
+
+def kohya_corner(width: int, height: int, shape: Shape) -> tuple[float, float]:
+    """Top and left as kohya's scripts tell them: of an image that fits inside the shape."""
+    scale = min(shape.height / height, shape.width / width)
+    return (shape.height - height * scale) / 2, (shape.width - width * scale) / 2
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        ((512, 1024), Shape(256, 256)),
+        ((1024, 512), Shape(256, 256)),
+        ((700, 500), Shape(192, 320)),
+        ((300, 500), Shape(192, 320)),
+        ((90, 200), Shape(128, 128)),
+    ],
+)
+def test_the_size_ids_are_where_the_picture_really_was_cut(
+    size: tuple[int, int], shape: Shape
+) -> None:
+    width, height = size
+    column, row = 0.45 * width, 0.55 * height
+    there = found(fit(marked(width, height, int(column), int(row)), shape).pixels)
+    tall, wide, top, left, *target = size_ids(width, height, shape)
+    scale = max(target[0] / tall, target[1] / wide)
+    assert (wide, tall) == size
+    assert there == pytest.approx((int(row) * scale - top, int(column) * scale - left), abs=1.5)
+    other_top, other_left = kohya_corner(width, height, shape)
+    off = (int(row) * scale - other_top, int(column) * scale - other_left)
+    assert there != pytest.approx(off, abs=8)  # the comparison notices another corner
+
+
+def test_the_size_ids_of_the_published_example() -> None:
+    assert size_ids(512, 1024, Shape(1024, 1024)) == (1024, 512, 512, 0, 1024, 1024)
 
 
 def test_an_image_of_the_shape_is_left_as_it_is() -> None:

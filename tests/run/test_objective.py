@@ -1,17 +1,29 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from eri.adapters import attach
-from eri.diffusion import NoiseSchedule
+from eri.diffusion import NoiseSchedule, denoising_loss
 from eri.models import load_unet
+from eri.rng import generator, normal
 from eri.run.objective import Objective, Sample, SampleBatch, validate
 
 torch.manual_seed(0)
 SAMPLES = [
     Sample(str(n), torch.randn(4, 8, 8), torch.full((4, 8, 8), 0.1), torch.randn(7, 32))
     for n in range(4)
+]
+
+SIZED = [
+    replace(
+        sample,
+        context=torch.randn(7, 128),
+        pooled=torch.randn(64),
+        time_ids=torch.tensor([900.0, 700, 0, 10 * n, 64, 64]),
+    )
+    for n, sample in enumerate(SAMPLES)
 ]
 
 
@@ -55,6 +67,59 @@ def test_dropout_is_drawn_from_the_samples_number(sd15: Path) -> None:
     assert torch.equal(loss(drops=True), first)
     torch.manual_seed(3)
     assert not torch.equal(loss(drops=False), first)
+
+
+@pytest.fixture
+def sized(sdxl: Path) -> Objective:
+    return Objective(load_unet(sdxl), NoiseSchedule(), seed=0, drops=False)
+
+
+def test_sdxl_is_told_pooled_text_and_sizes_of_each_sample(sized: Objective) -> None:
+    numbers = range(10, 12)
+    std = torch.full((2, 4, 8, 8), 0.1)
+    latents = torch.stack([sample.mean for sample in SIZED[:2]])
+    latents = latents + std * normal((4, 8, 8), 0, "latent", samples=numbers)
+    draws = [generator(0, "timestep", sample=number) for number in numbers]
+    timesteps = torch.cat([torch.randint(1000, (1,), generator=draw) for draw in draws])
+    context = torch.stack([sample.context for sample in SIZED[:2]])
+    pooled = torch.stack([sample.pooled for sample in SIZED[:2] if sample.pooled is not None])
+    sizes = torch.tensor([[900, 700, 0, 0, 64, 64], [900, 700, 0, 10, 64, 64]])
+
+    def loss_told(pooled: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        return denoising_loss(
+            lambda x, t: sized.unet(x, t, context, pooled, sizes),
+            latents,
+            normal((4, 8, 8), 0, "noise", samples=numbers),
+            timesteps,
+            NoiseSchedule(),
+        )
+
+    loss = sized(SampleBatch(SIZED[:2], numbers))
+    torch.testing.assert_close(loss, loss_told(pooled, sizes))
+    assert not torch.allclose(loss, loss_told(pooled.flip(0), sizes), rtol=1e-5)
+    assert not torch.allclose(loss, loss_told(pooled, sizes.flip(0)), rtol=1e-5)
+
+
+CHANGES = {"pooled": torch.zeros(64), "time_ids": torch.tensor([64.0, 64, 0, 0, 64, 64])}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_pooled_text_and_sizes_count_in_training_and_validation(
+    sized: Objective, field: str
+) -> None:
+    other = replace(SIZED[0], **{field: CHANGES[field]})
+    batches = [SampleBatch([sample, SIZED[1]], range(2)) for sample in (SIZED[0], other)]
+    before, after = (sized(batch) for batch in batches)
+    assert abs(before[0] - after[0]) > 1e-4 * before[0]
+    torch.testing.assert_close(before[1], after[1])  # the other sample has its own
+    assert validate(sized, [other]).mean != pytest.approx(validate(sized, SIZED[:1]).mean, rel=1e-5)
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_a_model_without_them_learns_the_same(objective: Objective, field: str) -> None:
+    told = replace(SAMPLES[0], **{field: CHANGES[field]})
+    batches = [SampleBatch([sample], range(1)) for sample in (SAMPLES[0], told)]
+    assert torch.equal(*(objective(batch) for batch in batches))
 
 
 def test_validation_repeats_exactly_and_has_a_loss_for_each_third(objective: Objective) -> None:

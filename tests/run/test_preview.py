@@ -1,16 +1,18 @@
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from eri.adapters import attach
 from eri.run.base import load_base, look_at
+from eri.run.conditions import Condition, Conditions
 from eri.run.preview import Painter, Previews
 
-CONTEXTS, NEGATIVE = torch.randn(2, 7, 32), torch.randn(7, 32)
+PROMPTS = [Condition(torch.randn(7, 32)) for _ in range(2)]
+NEGATIVE = Condition(torch.randn(7, 32))
 
 
 @pytest.fixture
@@ -27,10 +29,10 @@ def painter(sd15: Path) -> Painter:
     )
 
 
-def paint(painter: Painter, contexts: Tensor = CONTEXTS) -> list[bytes]:
+def paint(painter: Painter, prompts: Sequence[Condition] = PROMPTS) -> list[bytes]:
     return [
-        painter.paint(context, NEGATIVE, size=64, number=number).tobytes()
-        for number, context in enumerate(contexts)
+        painter.paint(prompt, NEGATIVE, size=64, number=number).tobytes()
+        for number, prompt in enumerate(prompts)
     ]
 
 
@@ -40,20 +42,17 @@ def test_the_same_prompts_give_the_same_pictures(painter: Painter) -> None:
 
 
 def test_a_picture_depends_on_its_place_and_not_on_the_others(painter: Painter) -> None:
-    assert paint(painter)[:1] == paint(painter, CONTEXTS[:1])
+    assert paint(painter)[:1] == paint(painter, PROMPTS[:1])
 
 
 def test_guidance_of_one_leaves_the_negative_prompt_out(painter: Painter) -> None:
-    x, t, both = (
-        torch.randn(1, 4, 8, 8),
-        torch.tensor([500.0]),
-        torch.stack([NEGATIVE, CONTEXTS[0]]),
-    )
-    alone = Painter(**(vars(painter) | {"guidance": 1.0}))
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([500.0])
+    both = Conditions(torch.stack([NEGATIVE.context, PROMPTS[0].context]))
+    alone = replace(painter, guidance=1.0)
     with torch.no_grad():
-        expected = painter.unet(x, t, CONTEXTS[:1])
+        expected = painter.unet(x, t, PROMPTS[0].context[None])
         torch.testing.assert_close(alone._guided(x, t, both), expected, rtol=1e-4, atol=1e-5)
-        without = painter.unet(x, t, NEGATIVE[None])
+        without = painter.unet(x, t, NEGATIVE.context[None])
         guided = without + 3.0 * (expected - without)
         torch.testing.assert_close(painter._guided(x, t, both), guided, rtol=1e-4, atol=1e-5)
 
@@ -77,9 +76,8 @@ def previews(painter: Painter, tmp_path: Path) -> Previews:
         painter=painter,
         adapter=adapter,
         prompts=("one", "two"),
-        contexts=CONTEXTS,
         negative_prompt="bad",
-        negative=NEGATIVE,
+        conditions=[(prompt, NEGATIVE) for prompt in PROMPTS],
         size=64,
         folder=tmp_path / "samples",
     )
