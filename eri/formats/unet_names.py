@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from eri.errors import ModelError
 from eri.printable import printable
 
-__all__ = ["from_diffusers", "to_diffusers"]
+__all__ = ["IN_ATTENTION", "from_diffusers", "renaming", "to_diffusers", "translate"]
 
 # Ours to theirs; {} stands for a number. Places first, then what stands in a place of a kind.
 SINGLE = {
@@ -64,10 +64,11 @@ MODULES = SINGLE | {
     for inner, their_inner in inners.items()
 }
 
-Rules = list[tuple[re.Pattern[str], str]]
+Renaming = list[tuple[re.Pattern[str], str]]
 
 
-def _rules(pairs: Iterable[tuple[str, str]]) -> Rules:
+def renaming(pairs: Iterable[tuple[str, str]]) -> Renaming:
+    """Rules from name to name of modules, and of their weights and biases; {} is a number."""
     number, ending = r"(0|[1-9][0-9]?)", r"(\.weight|\.bias|)"
     return [
         (re.compile(re.escape(source).replace(r"\{\}", number) + ending), target + "{}")
@@ -75,8 +76,8 @@ def _rules(pairs: Iterable[tuple[str, str]]) -> Rules:
     ]
 
 
-TO_DIFFUSERS = _rules(MODULES.items())
-FROM_DIFFUSERS = _rules((theirs, ours) for ours, theirs in MODULES.items())
+TO_DIFFUSERS = renaming(MODULES.items())
+FROM_DIFFUSERS = renaming((theirs, ours) for ours, theirs in MODULES.items())
 
 
 def to_diffusers(name: str) -> str:
@@ -85,7 +86,7 @@ def to_diffusers(name: str) -> str:
     Raises:
         ValueError: our U-Net has no such module.
     """
-    translated = _translate(name, TO_DIFFUSERS)
+    translated = translate(name, TO_DIFFUSERS)
     if translated is None:
         raise ValueError(f"{name!r} is no module or tensor of the U-Net")
     return translated
@@ -97,13 +98,14 @@ def from_diffusers(name: str) -> str:
     Raises:
         ModelError: a U-Net of these families has no such module.
     """
-    translated = _translate(name, FROM_DIFFUSERS)
+    translated = translate(name, FROM_DIFFUSERS)
     if translated is None:
         raise ModelError(f"'{printable(name)}' is no module or tensor of a U-Net that eri knows")
     return translated
 
 
-def _translate(name: str, rules: Rules) -> str | None:
+def translate(name: str, rules: Renaming) -> str | None:
+    """The other name by the one rule that fits; None where none does."""
     for pattern, target in rules:
         if match := pattern.fullmatch(name):
             return target.format(*match.groups())
