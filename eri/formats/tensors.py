@@ -8,18 +8,21 @@ name.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from eri.errors import ModelError, NonFiniteError
-from eri.files import atomic_write
+from eri.files import atomic_write, disk_errors
 from eri.formats.header import DTYPE_BITS, read_header
+from eri.formats.parts import Piece, Pieces
 from eri.printable import printable
 
-__all__ = ["cast", "data_sha256", "load_tensors", "save_tensors"]
+__all__ = ["cast", "data_sha256", "load_tensors", "save_tensors", "stream"]
 
 DTYPE_NAMES = {
     torch.bool: "BOOL",
@@ -37,6 +40,7 @@ DTYPE_NAMES = {
     torch.int64: "I64",
 }
 READABLE = set(DTYPE_NAMES.values())
+FLOATS = {"F8_E5M2", "F8_E4M3", "F16", "BF16", "F32", "F64"}
 DTYPE_ORDER = list(DTYPE_BITS)
 SHOWN = 5  # problems listed in a message
 
@@ -60,13 +64,85 @@ def load_tensors(
         raise ModelError(
             f"tensors of dtype {', '.join(unknown)} cannot be used", where=printable(path)
         )
+    with _opened(path) as file:
+        loaded = ((name, file.get_tensor(name)) for name in file.keys())
+        return {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in loaded
+        }
+
+
+def stream(
+    pieces: Pieces, *, device: torch.device | str, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a part, one after the other, from the mapped file to where they are wanted.
+
+    No more than one tensor is held besides those that the caller keeps, and what is given away is
+    no longer tied to the file.
+
+    Args:
+        pieces: where each tensor lies.
+        device: where to.
+        dtype: to which all are cast.
+
+    Raises:
+        ModelError: a file is damaged, or a weight is no floating-point number, or not finite.
+        DiskError: a file may not be read.
+    """
+    by_file: dict[Path, list[tuple[str, Piece]]] = {}
+    for name, piece in pieces.items():
+        by_file.setdefault(piece.file, []).append((name, piece))
+    extremes: dict[str, Tensor] = {}  # looked at once, at the end: a GPU need not wait before
+    for path, members in by_file.items():
+        bad = [f"{printable(p.key)}: {p.dtype}" for _, p in members if p.dtype not in FLOATS]
+        if bad:
+            raise ModelError(
+                f"{len(bad)} weights are not plain floating-point numbers",
+                where=printable(path),
+                hint="use the version in fp16, bf16, fp32 or plain fp8",
+                problems=bad[:SHOWN],
+            )
+        with _opened(path) as file:
+            for name, piece in members:
+                tensor = _read(file, piece).to(device, dtype, copy=True)
+                if tensor.numel():
+                    extremes[name] = torch.stack(torch.aminmax(tensor)).float()
+                yield name, tensor
+    _require_finite(pieces, extremes)
+
+
+def _read(file: Any, piece: Piece) -> Tensor:
+    if piece.rows is None:
+        tensor = file.get_tensor(piece.key)
+    else:
+        tensor = file.get_slice(piece.key)[slice(*piece.rows)]
+    return tensor.T.contiguous() if piece.transposed else tensor
+
+
+def _require_finite(pieces: Pieces, extremes: dict[str, Tensor]) -> None:
+    """Raises ModelError for weights that hold a NaN, an infinity, or more than the dtype holds."""
+    if not extremes:
+        return
+    finite = torch.stack(list(extremes.values())).isfinite().all(dim=1).tolist()
+    bad = [pieces[name] for name, fine in zip(extremes, finite, strict=True) if not fine]
+    if bad:
+        shown = [printable(piece.key) for piece in bad[:SHOWN]]
+        more = [f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+        raise ModelError(
+            f"{len(bad)} weights hold a NaN or an infinity",
+            where=printable(bad[0].file),
+            hint="the model is damaged, or was saved in a type too small for it: use another "
+            "version",
+            problems=shown + more,
+        )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file for reading on the CPU; the library's own errors become ours."""
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            loaded = ((name, file.get_tensor(name)) for name in file.keys())
-            return {
-                name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-                for name, tensor in loaded
-            }
+        with disk_errors(path), safe_open(path, framework="pt", device="cpu") as file:
+            yield file
     except SafetensorError as error:
         raise ModelError(
             f"the tensors cannot be read: {printable(str(error))}",
