@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 
 from eri.adapters import attach
+from eri.diffusion import NoiseSchedule
+from eri.models import load_unet, load_vae
 from eri.run.base import load_base, look_at
 from eri.run.conditions import Condition, Conditions
 from eri.run.preview import Painter, Previews
@@ -64,6 +66,42 @@ def test_dropout_is_off_while_painting_and_on_afterwards(painter: Painter) -> No
     painter.unet.train()
     assert paint(painter) == paint(painter)
     assert painter.unet.training
+
+
+@pytest.fixture
+def sdxl_painter(sdxl: Path) -> Painter:
+    return Painter(
+        unet=load_unet(sdxl),
+        vae=load_vae(sdxl),
+        schedule=NoiseSchedule(),
+        sampler="euler",
+        steps=2,
+        guidance=3.0,
+        seed=0,
+    )
+
+
+def with_pooled(level: float) -> Condition:
+    return Condition(torch.ones(7, 128), torch.full((64,), level))
+
+
+def test_a_picture_depends_on_the_pooled_text_of_both_prompts(sdxl_painter: Painter) -> None:
+    def picture(prompt: float, negative: float) -> bytes:
+        conditions = with_pooled(prompt), with_pooled(negative)
+        return sdxl_painter.paint(*conditions, size=64, number=0).tobytes()
+
+    assert picture(1, 0) == picture(1, 0)
+    assert len({picture(1, 0), picture(2, 0), picture(1, 2)}) == 3
+
+
+def test_sdxl_is_told_of_a_whole_image_of_the_size_that_is_drawn(sdxl_painter: Painter) -> None:
+    told: list[tuple[torch.Tensor, ...]] = []
+    sdxl_painter.unet.register_forward_pre_hook(lambda _, inputs: told.append(inputs))
+    sdxl_painter.paint(with_pooled(1), with_pooled(0), size=96, number=0)
+    assert len(told) == 2
+    for *_, pooled, time_ids in told:
+        assert pooled[:, 0].tolist() == [0, 1]  # the negative prompt first
+        assert time_ids.tolist() == [[96, 96, 0, 0, 96, 96]] * 2
 
 
 @pytest.fixture
