@@ -10,18 +10,22 @@ from typing import Any, Literal
 from eri.errors import ModelError
 from eri.files import contained
 from eri.formats.foreign_config import ForeignConfig
+from eri.formats.header import TensorInfo, read_header
 from eri.formats.strict_json import read_object
+from eri.formats.tail import require_written
 from eri.formats.unet_config import UNetConfigFields, unet_config
 from eri.printable import printable
 
 __all__ = [
     "WEIGHT_FILES",
     "NoiseConfig",
+    "Stored",
     "UNetConfigFields",
     "component",
     "is_folder",
     "scheduler_config",
     "shard_names",
+    "stored_tensors",
     "text_config",
     "unet_config",
     "vae_config",
@@ -44,6 +48,9 @@ WEIGHT_FILES = tuple(
         f"{stem}.safetensors.index{variant}.json",
     )
 )
+Stored = tuple[Path, str, TensorInfo]
+"""Where a tensor is: a file, the name in it, and its shape."""
+
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 
 VAE_SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -77,6 +84,17 @@ class NoiseConfig:
     num_train_timesteps: int
     prediction_type: Prediction
     rescale_betas_zero_snr: bool
+
+
+STABLE_DIFFUSION_NOISE = NoiseConfig(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    num_train_timesteps=1000,
+    prediction_type="epsilon",
+    rescale_betas_zero_snr=False,
+)
+"""Of every Stable Diffusion 1, 2 and XL; what its net predicts is told elsewhere."""
 
 
 def is_folder(path: Path) -> bool:
@@ -125,6 +143,28 @@ def weights(folder: Path) -> list[Path]:
     )
 
 
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a part's weight files, by its name.
+
+    Raises:
+        ModelError: there are none, or a file is damaged, or two hold the same tensor.
+        DiskError: one may not be read.
+    """
+    found: dict[str, Stored] = {}
+    for file in weights(folder):
+        header = read_header(file)
+        require_written(file, header)
+        for name, info in header.tensors.items():
+            if name in found:
+                raise ModelError(
+                    f"{printable(name)} is in this file and in {printable(found[name][0].name)}",
+                    where=printable(file),
+                    hint="download the folder again",
+                )
+            found[name] = file, name, info
+    return found
+
+
 def shard_names(index: Path) -> list[str]:
     """The safetensors files that an index names, each once, sorted; they lie beside it.
 
@@ -171,7 +211,8 @@ def vae_config(folder: Path) -> dict[str, Any]:
 def text_config(folder: Path) -> dict[str, Any]:
     """Arguments for transformers' `CLIPTextConfig`, out of the config in the part's folder.
 
-    Fields that do not change what a CLIP text encoder computes are left out.
+    Fields that do not change what a CLIP text encoder computes are left out, the token ids among
+    them: in the published configs they are not the tokenizer's.
 
     Raises:
         ModelError: it is missing or damaged, or describes something else.
@@ -182,6 +223,8 @@ def text_config(folder: Path) -> dict[str, Any]:
     heads = config.integer("num_attention_heads", default=8, at_most=128)
     if width % heads:
         raise config.refuse("num_attention_heads", f"a divisor of hidden_size, {width}")
+    if config.flag("use_attention_mask", default=False):
+        raise config.refuse("use_attention_mask", "false")
     return {
         "hidden_size": width,
         "num_attention_heads": heads,

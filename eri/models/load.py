@@ -1,22 +1,24 @@
-"""Build a base model's parts from a diffusers folder and fill them with its weights.
+"""Build a base model's parts and fill them with the weights that a checkpoint holds.
 
-Classes come from this package and sizes from the folder's own config; nothing in the folder is run.
-Every weight is used exactly once: a missing, an extra or a misshapen tensor is refused.
+Classes come from this package and sizes from the checkpoint's config or shapes; nothing in it is
+run. Every weight is used exactly once: a missing, an extra or a misshapen tensor is refused before
+any is read.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from eri.errors import ModelError
-from eri.formats import diffusers_folder, unet_names
-from eri.formats.tensors import load_tensors
+from eri.formats.checkpoint import unet_part
+from eri.formats.parts import Pieces
+from eri.formats.tensors import stream
 from eri.models.spec import build_spec
 from eri.models.unet import UNet
+from eri.printable import printable
 
-__all__ = ["fill", "load_unet", "read_weights"]
+__all__ = ["fill", "load_unet"]
 
 SHOWN = 5  # names listed in a message before "and n more"
 
@@ -27,10 +29,10 @@ def load_unet(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> UNet:
-    """Build the U-Net of a diffusers folder and load its weights.
+    """Build the U-Net of a model and load its weights.
 
     Args:
-        path: the model's folder, or its `unet` folder.
+        path: a diffusers folder, its `unet` folder, or a safetensors file.
         dtype: of the weights.
         device: of the weights.
 
@@ -38,45 +40,49 @@ def load_unet(
         The U-Net, frozen, in evaluation mode.
 
     Raises:
-        ModelError: a config that is not supported, or weights that do not fit it.
+        ModelError: a model that is not supported, or weights that do not fit it.
+        DiskError: it may not be read.
     """
-    folder = diffusers_folder.component(Path(path), "unet")
+    part = unet_part(Path(path))
     with torch.device("meta"):
-        unet = UNet(build_spec(diffusers_folder.unet_config(folder)))
-    weights = (
-        (unet_names.from_diffusers(name), tensor)
-        for name, tensor in read_weights(diffusers_folder.weights(folder), device, dtype)
-    )
-    fill(unet, dict(weights), where=folder)
+        unet = UNet(build_spec(part.fields))
+    fill(unet, part.pieces, dtype=dtype, device=device, where=Path(path))
     return unet.requires_grad_(False).eval()
 
 
-def read_weights(
-    files: Iterable[Path], device: torch.device | str, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of some files, on a device and in a dtype."""
-    for file in files:
-        yield from load_tensors(file, device=device, dtype=dtype).items()
-
-
-def fill(module: nn.Module, weights: Mapping[str, Tensor], *, where: Path) -> None:
+def fill(
+    module: nn.Module,
+    pieces: Pieces,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    where: Path,
+) -> None:
     """Give a module on the meta device its weights, each exactly once.
 
+    Args:
+        module: its state dict says what is needed.
+        pieces: where each tensor lies, by the module's own names.
+        dtype: of the weights.
+        device: of the weights.
+        where: the model, for errors.
+
     Raises:
-        ModelError: tensors are missing, left over, or of another shape.
+        ModelError: tensors are missing, left over, of another shape, damaged or not finite.
+        DiskError: a file may not be read.
     """
-    expected = module.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     problems = [
+        *(f"missing: {name} {list(expected[name])}" for name in expected.keys() - pieces.keys()),
         *(
-            f"missing: {name} {list(expected[name].shape)}"
-            for name in expected.keys() - weights.keys()
+            f"not in this model: {printable(pieces[name].key)}"
+            for name in pieces.keys() - expected.keys()
         ),
-        *(f"not in this model: {name}" for name in weights.keys() - expected.keys()),
         *(
-            f"wrong shape: {name} is {list(weights[name].shape)}, "
-            f"the config says {list(expected[name].shape)}"
-            for name in expected.keys() & weights.keys()
-            if expected[name].shape != weights[name].shape
+            f"wrong shape: {printable(pieces[name].key)} is {list(pieces[name].shape)}, "
+            f"expected is {list(expected[name])}"
+            for name in expected.keys() & pieces.keys()
+            if not _fits(pieces[name].shape, expected[name])
         ),
     ]
     if problems:
@@ -85,9 +91,19 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], *, where: Path) -> No
         if len(problems) > SHOWN:
             shown.append(f"and {len(problems) - SHOWN} more")
         raise ModelError(
-            f"{len(problems)} tensors do not fit the model's config",
-            where=where,
+            f"{len(problems)} tensors do not fit the model",
+            where=printable(where),
             hint="the file may be incomplete or belong to another model; download it again",
             problems=shown,
         )
+    weights = {
+        name: tensor.reshape(expected[name])
+        for name, tensor in stream(pieces, device=device, dtype=dtype)
+    }
     module.load_state_dict(weights, strict=True, assign=True)
+
+
+def _fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether two shapes are the same but for a 1x1 kernel, which a linear layer may stand for."""
+    short, long = sorted((found, expected), key=len)
+    return long == short or (len(short) == 2 and long == (*short, 1, 1))

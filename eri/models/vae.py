@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from eri.formats import diffusers_folder, vae_names
-from eri.models.load import fill, read_weights
+from eri.errors import ModelError
+from eri.formats.checkpoint import VAE_SCALES, Family, vae_part
+from eri.models.load import fill
+from eri.printable import printable
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -51,20 +53,34 @@ def load_vae(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    family: Family | None = None,
 ) -> VAE:
-    """Build the autoencoder of a diffusers folder and load its weights.
+    """Build the autoencoder of a model and load its weights.
+
+    Args:
+        path: a diffusers folder, its `vae` folder, or a safetensors file of a model or a VAE.
+        dtype: of the weights.
+        device: of the weights.
+        family: of the U-Net that it goes with; needed for a file with a VAE alone, which does not
+            tell by what its latents are multiplied.
 
     Raises:
-        ModelError: it is missing, its config is not supported, or the weights do not fit.
+        ModelError: it is missing, is not supported, or the weights do not fit.
+        ValueError: nothing tells the scale of the latents.
     """
     from diffusers import AutoencoderKL
 
-    folder = diffusers_folder.component(Path(path), "vae")
+    part = vae_part(Path(path), family)
+    if part is None:
+        raise ModelError(
+            "the model has no VAE",
+            where=printable(path),
+            hint="name one in model.vae: the folder or file of a model of the same family",
+        )
+    if "scaling_factor" not in part.config:
+        known = ", ".join(f"{name} {scale}" for name, scale in VAE_SCALES.items())
+        raise ValueError(f"load_vae: pass family= to say the scale of the latents ({known})")
     with torch.device("meta"):
-        model = AutoencoderKL(**diffusers_folder.vae_config(folder))
-    weights = {
-        vae_names.current(name): tensor
-        for name, tensor in read_weights(diffusers_folder.weights(folder), device, dtype)
-    }
-    fill(model, weights, where=folder)
+        model = AutoencoderKL(**part.config)
+    fill(model, part.pieces, dtype=dtype, device=device, where=Path(path))
     return VAE(model.requires_grad_(False).eval())

@@ -2,41 +2,69 @@
 
 import importlib.resources
 import math
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from eri.config import ModelSource
 from eri.diffusion import NoiseSchedule
 from eri.errors import ModelError
 from eri.files import sha256
 from eri.formats import diffusers_folder
-from eri.formats.header import read_header
+from eri.formats.checkpoint import text_parts, unet_part, vae_part
+from eri.formats.parts import Pieces, TextPart, UNetPart, VAEPart
+from eri.formats.prediction_hints import Hint, file_hint, folder_hint
+from eri.formats.single_file import read_single_file
 from eri.models.load import load_unet
 from eri.models.spec import build_spec
 from eri.models.text import TextEncoder, load_text
 from eri.models.unet import UNet, UNetSpec
 from eri.models.vae import VAE, load_vae
+from eri.printable import printable
 
-__all__ = ["Base", "BaseFacts", "load_base", "look_at"]
+__all__ = ["Base", "BaseFacts", "find_base", "load_base", "look_at"]
 
-WEIGHTED = ("unet", "vae", "text_encoder")
-TRAINABLE = ("sd15",)
-"""Families whose text encoders and conditions this version can prepare."""
+PURPOSES = {8: "editing by instruction (pix2pix)", 9: "inpainting", 5: "depth maps", 7: "upscaling"}
+"""What a U-Net is for that takes more than a latent's 4 channels."""
+
+LATENT_CHANNELS = 4
+TEXT_NAMES = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
 class BaseFacts:
     """What a base model's configs and headers say, before any weight is read."""
 
+    source: ModelSource
     path: Path
     name: str  # of the model, without its path
+    unet: UNetPart
+    vae: VAEPart | None
+    text: tuple[TextPart, ...]
     spec: UNetSpec
     noise: diffusers_folder.NoiseConfig
-    files: dict[str, list[Path]]  # weight files of each part
-    parameters: dict[str, int]  # of each part
-    latent_factor: int  # pixels that a latent pixel stands for, along each side
+    hint: Hint | None  # what the files say of the prediction
+    notes: tuple[str, ...]  # what its owner may want to know
+
+    @property
+    def vae_path(self) -> Path:
+        """Where the VAE is."""
+        return self.path if self.source.vae is None else Path(self.source.vae)
+
+    @property
+    def text_path(self) -> Path:
+        """Where the text encoders are."""
+        return self.path if self.source.text is None else Path(self.source.text)
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels that a latent pixel stands for, along each side."""
+        levels = 4 if self.vae is None else len(self.vae.config["block_out_channels"])
+        return 2 ** (levels - 1)
 
     @property
     def resolution(self) -> int:
@@ -48,10 +76,39 @@ class BaseFacts:
         """What every side of an image is a multiple of, in pixels, so that the U-Net can halve."""
         return self.spec.divisor * self.latent_factor
 
+    @property
+    def pieces(self) -> dict[str, Pieces]:
+        """The tensors of each part that there is."""
+        text = {name: part.pieces for name, part in zip(TEXT_NAMES, self.text, strict=False)}
+        vae = {} if self.vae is None else {"vae": self.vae.pieces}
+        return {"unet": self.unet.pieces, **vae, **text}
+
+    @property
+    def files(self) -> dict[str, list[Path]]:
+        """The weight files of each part."""
+        return {
+            part: sorted({piece.file for piece in pieces.values()})
+            for part, pieces in self.pieces.items()
+        }
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """The numbers of each part."""
+        return {
+            part: sum(math.prod(piece.shape) for piece in pieces.values())
+            for part, pieces in self.pieces.items()
+        }
+
     @cached_property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each part's weights; slow for large files, so worked out when asked for."""
-        return {part: "+".join(map(sha256, files)) for part, files in self.files.items()}
+        digests = {file: sha256(file) for files in self.files.values() for file in files}
+        return {part: "+".join(digests[f] for f in files) for part, files in self.files.items()}
+
+    @cached_property
+    def lacks(self) -> tuple[tuple[str, str], ...]:
+        """What is missing to train with it or to draw: a line and a hint for each."""
+        return tuple(_lacks(self))
 
 
 @dataclass(frozen=True)
@@ -65,37 +122,49 @@ class Base:
     schedule: NoiseSchedule
 
 
-def look_at(model: str) -> BaseFacts:
-    """Find a base model and read what can be read without its weights.
-
-    Args:
-        model: `demo`, or the path of a diffusers folder.
+def look_at(model: ModelSource | str) -> BaseFacts:
+    """Find a base model that can be trained and drawn with.
 
     Raises:
         ModelError: it is missing, not supported, damaged, or lacks a part.
     """
-    path = _find(model)
-    files = {part: diffusers_folder.weights(path / part) for part in WEIGHTED}
-    _check_tokenizer(diffusers_folder.component(path, "tokenizer"))
-    diffusers_folder.text_config(path / "text_encoder")
-    levels = diffusers_folder.vae_config(path / "vae")["block_out_channels"]
-    spec = build_spec(diffusers_folder.unet_config(path / "unet"))
-    if spec.family not in TRAINABLE:
+    facts = find_base(model)
+    if facts.lacks:
+        what, hint = facts.lacks[0]
         raise ModelError(
-            f"a model of the family {spec.family}; this version uses {', '.join(TRAINABLE)}",
-            where=path,
+            what,
+            where=printable(facts.path),
+            hint=hint,
+            problems=[line for line, _ in facts.lacks[1:]],
         )
-    noise = diffusers_folder.scheduler_config(path)
-    if noise.rescale_betas_zero_snr:
-        raise ModelError("this version does not train zero-terminal-SNR models", where=path)
+    return facts
+
+
+def find_base(model: ModelSource | str) -> BaseFacts:
+    """Find a base model, whole or not, and read what can be read without its weights.
+
+    Args:
+        model: `demo`, a path, or a config's `model`.
+
+    Raises:
+        ModelError: it is missing, not supported or damaged.
+    """
+    source = ModelSource(path=model) if isinstance(model, str) else model
+    path = _find(source.path)
+    unet = unet_part(path)
+    spec = build_spec(unet.fields)
+    noise, hint, notes = _in_file(path) if path.is_file() else _in_folder(path)
     return BaseFacts(
+        source=source,
         path=path,
-        name=model if model == "demo" else path.name,
+        name=source.path if source.path == "demo" else path.name,
+        unet=unet,
+        vae=vae_part(_other(source.vae, path), spec.family),
+        text=text_parts(_other(source.text, path)),
         spec=spec,
         noise=noise,
-        files=files,
-        parameters={part: sum(map(_count, files[part])) for part in WEIGHTED},
-        latent_factor=2 ** (len(levels) - 1),
+        hint=hint,
+        notes=(*notes, *_unusual_types(unet)),
     )
 
 
@@ -104,8 +173,13 @@ def load_base(facts: BaseFacts, *, dtype: torch.dtype, device: torch.device) -> 
     return Base(
         facts=facts,
         unet=load_unet(facts.path, dtype=dtype, device=device),
-        vae=load_vae(facts.path, device=device),
-        text=load_text(facts.path, device=device),
+        vae=load_vae(facts.vae_path, device=device, family=facts.spec.family),
+        text=load_text(
+            facts.text_path,
+            device=device,
+            clip_skip=facts.source.clip_skip,
+            joined=facts.source.windows,
+        ),
         schedule=NoiseSchedule(
             beta_start=facts.noise.beta_start,
             beta_end=facts.noise.beta_end,
@@ -120,39 +194,88 @@ def _find(model: str) -> Path:
     if model == "demo":
         return Path(str(importlib.resources.files("eri") / "demo" / "model"))
     path = Path(model).expanduser()
-    if path.is_dir() and diffusers_folder.is_folder(path):
+    if path.is_file() or (path.is_dir() and diffusers_folder.is_folder(path)):
         return path
     if path.is_dir():
         raise ModelError(
             "this folder is not a diffusers model: it has no model_index.json",
-            where=path,
+            where=printable(path),
             hint="point model: at the folder that holds unet/, vae/ and text_encoder/",
-        )
-    if path.is_file():
-        read_header(path)  # a damaged or foreign file is named for what it is
-        raise ModelError(
-            "this version reads diffusers folders, not single files",
-            where=path,
-            hint="convert it: StableDiffusionPipeline.from_single_file(…).save_pretrained(…)",
         )
     raise ModelError(
         "no such model",
-        where=path,
-        hint="model: is `demo` or the path of a diffusers folder",
+        where=printable(path),
+        hint="model: is `demo`, a .safetensors file, a diffusers folder, or a hub id owner/name",
     )
 
 
-def _count(file: Path) -> int:
-    return sum(math.prod(tensor.shape) for tensor in read_header(file).tensors.values())
+def _other(named: str | None, path: Path) -> Path:
+    """Where a part is that the config may take from elsewhere."""
+    if named is None:
+        return path
+    if not Path(named).exists():
+        raise ModelError("no such file or folder", where=printable(named))
+    return Path(named)
 
 
-def _check_tokenizer(folder: Path) -> None:
-    complete = (folder / "tokenizer.json").is_file() or all(
-        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
-    )
-    if not complete:
-        raise ModelError(
-            "the tokenizer has neither tokenizer.json nor both vocab.json and merges.txt",
-            where=folder,
-            hint="download the folder again",
+Said = tuple[diffusers_folder.NoiseConfig, Hint | None, list[str]]
+
+
+def _in_folder(path: Path) -> Said:
+    noise = diffusers_folder.scheduler_config(path)
+    return noise, folder_hint(noise), []
+
+
+def _in_file(path: Path) -> Said:
+    file = read_single_file(path)
+    notes = []
+    if file.ema:
+        notes.append(f"{file.ema} tensors are an averaged copy of the U-Net (EMA); it is not used")
+    if file.unused:
+        first = ", ".join(printable(name, limit=60) for name in file.unused[:3])
+        notes.append(f"{len(file.unused)} tensors belong to no part and are not used: {first}")
+    return diffusers_folder.STABLE_DIFFUSION_NOISE, file_hint(file.header, path), notes
+
+
+def _unusual_types(unet: UNetPart) -> Iterator[str]:
+    """A line when weights are in fewer bits than any net computes in, or in several types."""
+    types = Counter(piece.dtype for piece in unet.pieces.values())
+    if len(types) > 1 or any(dtype.startswith("F8") for dtype in types):
+        counts = ", ".join(f"{count} in {dtype}" for dtype, count in types.most_common())
+        yield f"the U-Net's tensors are {counts}; all are cast to the type of the run"
+
+
+def _lacks(facts: BaseFacts) -> Iterator[tuple[str, str]]:
+    spec, text = facts.spec, facts.text
+    if spec.in_channels != LATENT_CHANNELS:
+        purpose = PURPOSES.get(spec.in_channels, "another purpose")
+        yield (
+            f"this U-Net takes {spec.in_channels} channels: it is made for {purpose}, which this "
+            "version does not train",
+            "use the base model that it was made from",
         )
+    if facts.vae is None:
+        yield (
+            "the model has no VAE",
+            "name one in model.vae: the folder or file of a model of the same family",
+        )
+    wanted = 2 if spec.family == "sdxl" else 1
+    if len(text) != wanted:
+        found = f"{len(text)} text encoder{'' if len(text) == 1 else 's'}" if text else "none"
+        yield (
+            f"the model needs {wanted} text encoder{'s' if wanted > 1 else ''} and has {found}",
+            "name a whole model of the same family in model.text",
+        )
+    elif not _speaks_to(spec, text):
+        widths = " and ".join(str(part.config["hidden_size"]) for part in text)
+        yield (
+            f"the text encoder is {widths} wide, and the U-Net takes states of {spec.context_dim}",
+            "name a whole model of the same family in model.text",
+        )
+
+
+def _speaks_to(spec: UNetSpec, text: tuple[TextPart, ...]) -> bool:
+    """Whether the text encoders' states have the widths that the U-Net takes."""
+    states = sum(part.config["hidden_size"] for part in text)
+    pooled = text[-1].config["projection_dim"] if spec.pooled_dim is not None else None
+    return (states, pooled) == (spec.context_dim, spec.pooled_dim)

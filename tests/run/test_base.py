@@ -1,12 +1,13 @@
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from eri.config import ModelSource
 from eri.errors import ModelError
-from eri.run.base import load_base, look_at
+from eri.run.base import find_base, load_base, look_at
+from tests.families import save_sd15_real, single_file
 
 
 def test_what_is_known_before_any_weight_is_read(sd15: Path) -> None:
@@ -32,8 +33,10 @@ def test_what_cannot_be_a_model_is_said(sd15: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no model_index\.json"):
         look_at(str(tmp_path))
     weights = sd15 / "unet" / "diffusion_pytorch_model.safetensors"
-    with pytest.raises(ModelError, match="not single files"):
+    with pytest.raises(ModelError, match="no VAE") as refused:
         look_at(str(weights))
+    assert "model.vae" in str(refused.value.hint)
+    assert "text encoder" in refused.value.problems[0]
     page = tmp_path / "model.safetensors"
     page.write_bytes(b"<html>")
     with pytest.raises(ModelError, match=r"(?i)html|web page"):
@@ -50,27 +53,65 @@ def test_a_tokenizer_that_cannot_be_read_is_named(sd15: Path, tmp_path: Path) ->
         look_at(str(folder))
 
 
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
-def test_a_missing_part_is_named(sd15: Path, tmp_path: Path, part: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("unet", "unet"),
+        ("vae", "no VAE"),
+        ("text_encoder", "needs 1 text encoder and has none"),
+        ("tokenizer", "tokenizer"),
+        ("scheduler", "scheduler"),
+    ],
+    ids=lambda value: value.split()[0],
+)
+def test_a_missing_part_is_named(sd15: Path, tmp_path: Path, part: str, message: str) -> None:
     folder = shutil.copytree(sd15, tmp_path / "model")
     shutil.rmtree(folder / part)
-    with pytest.raises(ModelError, match=part):
-        look_at(str(folder))
-
-
-@pytest.mark.parametrize(
-    ("part", "change", "message"),
-    [
-        ("unet", {"use_linear_projection": True}, "sd21"),
-        ("scheduler", {"rescale_betas_zero_snr": True}, "zero-terminal-SNR"),
-    ],
-)
-def test_what_this_version_cannot_train_is_refused_by_name(
-    sd15: Path, tmp_path: Path, part: str, change: dict, message: str
-) -> None:
-    folder = shutil.copytree(sd15, tmp_path / "model")
-    file = {"unet": "config.json", "scheduler": "scheduler_config.json"}[part]
-    path = folder / part / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ModelError, match=message):
         look_at(str(folder))
+
+
+def test_other_files_supply_what_a_model_lacks(sdxl: Path, tmp_path: Path) -> None:
+    alone = single_file(sdxl, tmp_path / "unet.safetensors", without=["vae", "text"])
+    vae = single_file(sdxl, tmp_path / "vae.safetensors", without=["unet", "text"], vae="bare")
+    with pytest.raises(ModelError, match="no VAE"):
+        look_at(str(alone))
+    with pytest.raises(ModelError, match="needs 2 text encoders and has none"):
+        look_at(ModelSource(path=str(alone), vae=str(vae)))
+    facts = look_at(ModelSource(path=str(alone), vae=str(vae), text=str(sdxl)))
+    assert facts.spec.family == "sdxl"
+    assert facts.files["vae"] == [vae]
+    base = load_base(facts, dtype=torch.float32, device=torch.device("cpu"))
+    assert base.vae.scale == 0.13025
+    assert base.text.encode(["a cat"])[1] is not None
+
+
+def test_text_encoders_of_another_family_are_refused(sdxl: Path, sd21: Path) -> None:
+    with pytest.raises(ModelError, match="needs 2 text encoders and has 1 text encoder"):
+        look_at(ModelSource(path=str(sdxl), text=str(sd21)))
+    with pytest.raises(ModelError, match="no such file or folder"):
+        look_at(ModelSource(path=str(sdxl), text="absent"))
+
+
+def test_text_encoders_of_other_widths_are_refused(sd15: Path, sd21: Path) -> None:
+    with pytest.raises(ModelError, match="is 32 wide, and the U-Net takes states of 64"):
+        look_at(ModelSource(path=str(sd21), text=str(sd15)))
+
+
+def test_a_unet_with_more_inputs_is_found_but_not_trained(tmp_path: Path) -> None:
+    folder = save_sd15_real(tmp_path / "model", in_channels=9)
+    assert find_base(str(folder)).spec.in_channels == 9
+    with pytest.raises(ModelError, match="takes 9 channels: it is made for inpainting"):
+        look_at(str(folder))
+
+
+def test_what_is_unusual_in_a_file_is_told(sd15_real: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    extra = {"embedding_manager.x": torch.zeros(2)}
+    single_file(sd15_real, path, dtype=torch.float8_e4m3fn, ema=True, loose=True, extra=extra)
+    notes = "\n".join(look_at(str(path)).notes)
+    assert "averaged copy of the U-Net (EMA)" in notes
+    assert "1 tensors belong to no part and are not used: embedding_manager.x" in notes
+    assert "in F8_E4M3; all are cast" in notes
+    plain = single_file(sd15_real, tmp_path / "plain.safetensors", loose=True)
+    assert look_at(str(plain)).notes == ()
