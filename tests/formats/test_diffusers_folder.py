@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig
 
 from eri.errors import ModelError
@@ -14,6 +16,7 @@ from eri.formats.diffusers_folder import (
     component,
     is_folder,
     scheduler_config,
+    stored_tensors,
     text_config,
     vae_config,
     weights,
@@ -132,6 +135,25 @@ def test_no_weights(tmp_path: Path) -> None:
         weights(tmp_path)
 
 
+def test_tensors_of_all_shards_by_name(tmp_path: Path) -> None:
+    shards = dict(zip("ab", SHARDS, strict=True))
+    put(tmp_path / "model.safetensors.index.json", {"weight_map": shards})
+    for name, shard in shards.items():
+        save_file({name: torch.ones(2, 3)}, tmp_path / shard)
+    stored = stored_tensors(tmp_path)
+    assert {name: file.name for name, (file, _, _) in stored.items()} == shards
+    assert [(key, info.shape) for _, key, info in stored.values()] == [("a", (2, 3)), ("b", (2, 3))]
+    save_file({"a": torch.ones(2)}, tmp_path / SHARDS[1])
+    with pytest.raises(ModelError, match=f"a is in this file and in {SHARDS[0]}"):
+        stored_tensors(tmp_path)
+
+
+def test_a_download_that_ends_in_zeros_is_refused(tmp_path: Path) -> None:
+    save_file({str(n): torch.zeros(2, 3) for n in range(5)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="cut short"):
+        stored_tensors(tmp_path)
+
+
 TINY_VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
@@ -192,6 +214,7 @@ def test_text_config_describes_the_same_encoder(tmp_path: Path, given: dict[str,
     ("config", "problem"),
     [
         ({"model_type": "t5"}, "model_type is 't5', supported is clip_text_model"),
+        ({"use_attention_mask": True}, "use_attention_mask is True, supported is false"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"hidden_size": "768"}, "hidden_size is '768'"),
         ({"hidden_size": 100}, "num_attention_heads is missing, supported is a divisor"),
