@@ -23,6 +23,7 @@ __all__ = [
     "AdapterFile",
     "Dialect",
     "LoRAPair",
+    "Shapes",
     "implied_shapes",
     "read_adapter",
     "underflow",
@@ -30,6 +31,9 @@ __all__ = [
 ]
 
 Dialect = Literal["kohya", "diffusers", "peft"]
+Shapes = Mapping[str, tuple[int, ...]]
+"""Weight shape of every linear layer and convolution of a net, by our name."""
+Found = dict[str, dict[Part, str]]  # key of each part of each module
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_CONFIG = "lora_adapter_metadata"  # of the header's metadata
@@ -75,7 +79,7 @@ class AdapterFile:
     metadata: dict[str, str]
 
 
-def read_adapter(path: Path, modules: Mapping[str, tuple[int, ...]]) -> AdapterFile:
+def read_adapter(path: Path, modules: Shapes) -> AdapterFile:
     """Read an adapter of any dialect for a model.
 
     Args:
@@ -108,12 +112,17 @@ def read_adapter(path: Path, modules: Mapping[str, tuple[int, ...]]) -> AdapterF
     return AdapterFile(pairs=pairs, dialect=dialect, metadata=header.metadata)
 
 
-def implied_shapes(path: Path, modules: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The weight shapes that an adapter's own matrices imply, for reading it without its model.
+def implied_shapes(path: Path, nets: Iterable[Shapes]) -> dict[str, tuple[int, ...]]:
+    """The layers of the net that an adapter was made for, for reading it without its base model.
 
     Args:
         path: a safetensors file, or a folder of PEFT.
-        modules: our names of the modules that it may speak of.
+        nets: those that may be it. The one that has most of its keys, and of these most of its
+            shapes, is it; the first of those that are equal.
+
+    Returns:
+        Every layer of that net. Where a shape is not that of the adapter's matrices, as in a
+        narrower net of the same layout, theirs stands in its place.
 
     Raises:
         ModelError: the file is missing, damaged or no adapter, has a key without a module or half
@@ -122,13 +131,15 @@ def implied_shapes(path: Path, modules: Iterable[str]) -> dict[str, tuple[int, .
     """
     file = path / PEFT_WEIGHTS if path.is_dir() else path
     header = read_header(file)
-    found = _assign(file, header, KEYS[_dialect(file, header)](list(modules)))
-    return {
+    net, table = _closest(header, _dialect(file, header), nets)
+    found = _assign(file, header, table)
+    return dict(net) | {
         module: (
             *header.tensors[parts["up"]].shape[:1],
             *header.tensors[parts["down"]].shape[1:],
         )
         for module, parts in found.items()
+        if _misfits(header, parts, net[module])
     }
 
 
@@ -139,6 +150,7 @@ def write_adapter(
     dialect: Dialect,
     dtype: torch.dtype = torch.float16,
     metadata: Mapping[str, str],
+    modules: Iterable[str] | None = None,
 ) -> None:
     """Write an adapter: the same bytes for the same pairs, whole or not at all.
 
@@ -148,6 +160,9 @@ def write_adapter(
         dialect: whose names are written.
         dtype: of the matrices.
         metadata: text for the header; kohya's files also get the hashes of their data.
+        modules: our names of every linear layer and convolution of the net, for kohya's own names
+            of SDXL; None where they are not known: then the file has diffusers' names, with
+            underscores, which every reader takes as well.
 
     Raises:
         NonFiniteError: a number is not finite, or too large for `dtype`.
@@ -158,7 +173,9 @@ def write_adapter(
     if not pairs:
         raise ValueError("an adapter without a single pair cannot be written")
     if dialect == "kohya":
-        tensors = cast(kohya.weights(pairs), dtype) | cast(kohya.alphas(pairs), torch.float32)
+        names = None if modules is None else list(modules)
+        tensors = cast(kohya.weights(pairs, names), dtype)
+        tensors |= cast(kohya.alphas(pairs, names), torch.float32)
         digest = data_sha256(tensors)
         hashes = {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
         save_tensors(tensors, path, {**metadata, **hashes})
@@ -198,9 +215,26 @@ def _dialect(file: Path, header: Header) -> Dialect:
     )
 
 
-def _assign(file: Path, header: Header, table: KeyTable) -> dict[str, dict[Part, str]]:
-    """Key of each part of each module; every key of the file is some part, and both halves are."""
-    found: dict[str, dict[Part, str]] = {}
+def _closest(header: Header, dialect: Dialect, nets: Iterable[Shapes]) -> tuple[Shapes, KeyTable]:
+    """The net that leaves the fewest keys and then the fewest shapes unexplained, and its keys."""
+    found: tuple[tuple[int, int], Shapes, KeyTable] | None = None
+    for net in nets:
+        table = KEYS[dialect](list(net))
+        parts, unknown, _ = _sorted(header, table)
+        whole = {module: p for module, p in parts.items() if {"down", "up"} <= p.keys()}
+        misfits = sum(bool(_misfits(header, p, net[module])) for module, p in whole.items())
+        if found is None or (len(unknown), misfits) < found[0]:
+            found = (len(unknown), misfits), net, table
+        if found[0] == (0, 0):
+            break
+    if found is None:
+        raise ValueError("no net is given")
+    return found[1:]
+
+
+def _sorted(header: Header, table: KeyTable) -> tuple[Found, list[str], list[str]]:
+    """Key of each part of each module; keys that are no part, and what is there twice."""
+    found: Found = {}
     unknown, twice = [], []
     for key in header.tensors:
         if key not in table:
@@ -210,6 +244,12 @@ def _assign(file: Path, header: Header, table: KeyTable) -> dict[str, dict[Part,
         if part in found.setdefault(module, {}):
             twice.append(f"{key}: the same as {found[module][part]}")
         found[module][part] = key
+    return found, unknown, twice
+
+
+def _assign(file: Path, header: Header, table: KeyTable) -> Found:
+    """Key of each part of each module; every key of the file is some part, and both halves are."""
+    found, unknown, twice = _sorted(header, table)
     if unknown:
         hint = next(hint for part, hint in FOREIGN_PARTS if any(part in key for key in unknown))
         raise _refused(file, "keys that belong to no module of this model", unknown, hint)
@@ -224,31 +264,31 @@ def _assign(file: Path, header: Header, table: KeyTable) -> dict[str, dict[Part,
     return found
 
 
-def _require_fit(
-    file: Path,
-    header: Header,
-    found: Mapping[str, Mapping[Part, str]],
-    modules: Mapping[str, tuple[int, ...]],
-) -> None:
+def _require_fit(file: Path, header: Header, found: Found, modules: Shapes) -> None:
     """Types and shapes, out of the header: nothing is read for a file that does not fit."""
-    problems = []
-    for module, parts in found.items():
-        out, *rest = modules[module]
-        rank = next(iter(header.tensors[parts["down"]].shape), 0)
-        expected: dict[Part, tuple[int, ...]] = {
-            "down": (rank, *rest),
-            "up": (out, rank),
-            "alpha": (),
-        }
-        for part, key in parts.items():
-            info = header.tensors[key]
-            if info.dtype not in DTYPES[part]:
-                problems.append(f"{key}: {info.dtype}, not one of {', '.join(DTYPES[part])}")
-            if rank == 0 or _squeezed(info.shape, part) != _squeezed(expected[part], part):
-                problems.append(f"{key}: {list(info.shape)}, the module has {modules[module]}")
+    problems = [
+        problem
+        for module, parts in found.items()
+        for problem in _misfits(header, parts, modules[module])
+    ]
     if problems:
         hint = "was it made for another family of models?"
         raise _refused(file, "tensors that do not fit this model", problems, hint)
+
+
+def _misfits(header: Header, parts: Mapping[Part, str], module: tuple[int, ...]) -> list[str]:
+    """What is wrong with the types and the shapes of one module's parts."""
+    out, *rest = module
+    rank = next(iter(header.tensors[parts["down"]].shape), 0)
+    expected: dict[Part, tuple[int, ...]] = {"down": (rank, *rest), "up": (out, rank), "alpha": ()}
+    problems = []
+    for part, key in parts.items():
+        info = header.tensors[key]
+        if info.dtype not in DTYPES[part]:
+            problems.append(f"{key}: {info.dtype}, not one of {', '.join(DTYPES[part])}")
+        if rank == 0 or _squeezed(info.shape, part) != _squeezed(expected[part], part):
+            problems.append(f"{key}: {list(info.shape)}, the module has {module}")
+    return problems
 
 
 def _squeezed(shape: tuple[int, ...], part: Part) -> tuple[int, ...]:

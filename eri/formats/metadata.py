@@ -5,6 +5,7 @@ adapter was trained on, captions and folders, is in `data_metadata` alone.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -26,16 +27,28 @@ BASES: dict[tuple[Family, Prediction], tuple[str, str]] = {
     ("sdxl", "v_prediction"): ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
 }
 
+IMPLEMENTATIONS: dict[Family, str] = {  # whose names of the U-Net kohya's adapters have
+    "sd15": "diffusers",
+    "sd21": "diffusers",
+    "sdxl": "https://github.com/Stability-AI/generative-models",
+}
+
 ABOUT_THE_ADAPTER = {
     "ss_base_model_version",
+    "ss_clip_skip",
     "ss_network_alpha",
     "ss_network_args",
     "ss_network_dim",
     "ss_network_module",
     "ss_output_name",
+    "ss_resolution",
     "ss_steps",
     "ss_v2",
+    "ss_zero_terminal_snr",
 }
+MODEL_NAME = "ss_sd_model_name"
+ABOUT_THE_FILE = "modelspec.hash_sha256"
+SEPARATOR = re.compile(r"[/\\]")
 
 
 def adapter_metadata(
@@ -47,8 +60,12 @@ def adapter_metadata(
     steps: int,
     resolution: int,
     prediction: Prediction,
+    base: str | None = None,
+    clip_skip: int | None = None,
+    zero_terminal_snr: bool = False,
+    trigger_phrase: str | None = None,
 ) -> dict[str, str]:
-    """Header text for an adapter.
+    """Header text for an adapter. No date is in it, so that the same run writes the same bytes.
 
     Args:
         family: of the base model; A1111 hides an adapter whose header tells another one.
@@ -58,24 +75,38 @@ def adapter_metadata(
         steps: trained.
         resolution: side of the training images in pixels.
         prediction: what the net predicts.
+        base: name of the base model's file or folder; of a path the last part alone is written.
+        clip_skip: layer of CLIP, from the end, whose states are used; None is the usual one.
+        zero_terminal_snr: whether the last timestep is pure noise.
+        trigger_phrase: what a prompt needs for the adapter to show.
     """
-    base, architecture = BASES[family, prediction]
-    return {
-        "ss_base_model_version": base,
+    version, architecture = BASES[family, prediction]
+    metadata = {
+        "ss_base_model_version": version,
+        "ss_clip_skip": str(clip_skip),
         "ss_network_alpha": f"{alpha:g}",
         "ss_network_dim": str(rank),
         "ss_network_module": "networks.lora",
         "ss_output_name": name,
+        "ss_resolution": str((resolution, resolution)),
         "ss_steps": str(steps),
         "ss_v2": str(family == "sd21"),
+        "ss_zero_terminal_snr": str(zero_terminal_snr),
         "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": "diffusers",
+        "modelspec.implementation": IMPLEMENTATIONS[family],
         "modelspec.implementation_version": f"eri/{__version__}",
         "modelspec.prediction_type": "epsilon" if prediction == "epsilon" else "v",
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": name,
     }
+    if base is not None:
+        metadata[MODEL_NAME] = _last_part(base)
+    if clip_skip is not None:
+        metadata["modelspec.encoder_layer"] = str(clip_skip)
+    if trigger_phrase:
+        metadata["modelspec.trigger_phrase"] = trigger_phrase
+    return metadata
 
 
 def data_metadata(model: str, captions: Mapping[str, Sequence[str]]) -> dict[str, str]:
@@ -91,7 +122,7 @@ def data_metadata(model: str, captions: Mapping[str, Sequence[str]]) -> dict[str
         for path, texts in captions.items()
     }
     return {
-        "ss_sd_model_name": model,
+        MODEL_NAME: _last_part(model),
         "ss_num_train_images": str(sum(map(len, captions.values()))),
         "ss_dataset_dirs": json.dumps(folders),
         "ss_tag_frequency": json.dumps(tags),
@@ -103,5 +134,13 @@ def without_data(metadata: Mapping[str, str]) -> dict[str, str]:
     return {
         key: value
         for key, value in metadata.items()
-        if key in ABOUT_THE_ADAPTER or key.startswith("modelspec.")
+        if key in ABOUT_THE_ADAPTER
+        or (key == MODEL_NAME and not SEPARATOR.search(value))
+        or (key.startswith("modelspec.") and key != ABOUT_THE_FILE)
     }
+
+
+def _last_part(path: str) -> str:
+    """The name at the end of a path of any system, as text that a header can hold."""
+    name = SEPARATOR.split(path.rstrip("/\\"))[-1]
+    return name.encode(errors="replace").decode()  # a file's name may be no text at all

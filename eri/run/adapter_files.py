@@ -1,21 +1,29 @@
 """Adapter files of runs, checkpoints and other programs: found, and written for sure."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from eri.adapters import layer_shapes
 from eri.errors import EriError, ModelError
-from eri.formats.adapter_file import Dialect, LoRAPair, implied_shapes, read_adapter, write_adapter
-from eri.models.spec import SD15
+from eri.formats.adapter_file import (
+    Dialect,
+    LoRAPair,
+    Shapes,
+    implied_shapes,
+    read_adapter,
+    write_adapter,
+)
+from eri.models.spec import SD15, SD21, SDXL
 from eri.models.unet import UNet, UNetSpec
 from eri.printable import printable
 from eri.run import checkpoints
 
 __all__ = [
     "CONFIG",
-    "Layers",
     "find_adapter",
     "finished_adapter",
     "is_finished",
@@ -24,10 +32,8 @@ __all__ = [
     "write_verified",
 ]
 
-Layers = Mapping[str, tuple[int, ...]]
-"""Name and weight shape of every layer that an adapter may speak of."""
-
 CONFIG = "config.yaml"  # of a run, and what makes a folder one
+SECOND_LAYER = re.compile(r"down\.\d\.layers\.1\..+|up\.\d\.layers\.2\..+")
 
 
 def shapes_of(spec: UNetSpec) -> dict[str, tuple[int, ...]]:
@@ -37,8 +43,29 @@ def shapes_of(spec: UNetSpec) -> dict[str, tuple[int, ...]]:
 
 
 def layers_in(adapter: Path) -> dict[str, tuple[int, ...]]:
-    """The layers that an adapter file speaks of, without its base model: shapes as it has them."""
-    return implied_shapes(adapter, shapes_of(SD15))
+    """The layers of the net that an adapter was made for, without its base model.
+
+    Raises:
+        ModelError: the file is missing, damaged or no adapter, or of no net that eri knows.
+        DiskError: it may not be read.
+    """
+    return implied_shapes(adapter, _known_nets())
+
+
+def _known_nets() -> Iterator[Shapes]:
+    """The nets that adapters are made for; the layers of smaller models are some of theirs."""
+    yield _layers_of(SD15)
+    yield _layers_of(SD21)
+    # An adapter that has nothing in any second layer of a level may be of a net without them, such
+    # as KOALA, and must not be given names in which the blocks are counted.
+    sdxl = _layers_of(SDXL)
+    yield {name: shape for name, shape in sdxl.items() if not SECOND_LAYER.fullmatch(name)}
+    yield sdxl
+
+
+@cache
+def _layers_of(spec: UNetSpec) -> Shapes:
+    return shapes_of(spec)
 
 
 def finished_adapter(run: Path) -> Path:
@@ -95,14 +122,22 @@ def write_verified(
     dialect: Dialect,
     dtype: torch.dtype,
     metadata: Mapping[str, str],
-    layers: Layers,
+    layers: Shapes,
 ) -> None:
     """Write an adapter, read it back and compare every number.
+
+    Args:
+        pairs: by our module names.
+        path: see `write_adapter`.
+        dialect: whose names are written.
+        dtype: of the matrices.
+        metadata: text for the header.
+        layers: all of the net's.
 
     Raises:
         ModelError: what is on the disk is not what was written.
     """
-    write_adapter(pairs, path, dialect=dialect, dtype=dtype, metadata=metadata)
+    write_adapter(pairs, path, dialect=dialect, dtype=dtype, metadata=metadata, modules=layers)
     back = read_adapter(path, layers).pairs
     for name, pair in pairs.items():
         again = back.get(name)

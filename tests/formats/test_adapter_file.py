@@ -10,9 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eri.errors import ModelError, NonFiniteError, OccupiedError
@@ -34,16 +39,40 @@ Modules = dict[str, tuple[int, ...]]
 Pairs = dict[str, LoRAPair]
 
 
+UNETS: dict[str, dict[str, Any]] = {
+    "sd15": {"block_out_channels": (16, 32, 32, 32)},
+    "sd21": {"block_out_channels": (16, 32, 32, 32), "use_linear_projection": True},
+    "sdxl": {
+        "block_out_channels": (16, 32, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 3),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 12 + 6 * 8,
+    },
+}
+
+
+every_family = pytest.mark.parametrize("family", UNETS, scope="module", indirect=True)
+
+
+@pytest.fixture(scope="module", params=["sd15"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def unet() -> UNet2DConditionModel:
-    """diffusers' U-Net of SD1.5 topology, small and random."""
+def unet(family: str) -> UNet2DConditionModel:
+    """diffusers' U-Net of a family's topology, small and random."""
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(16, 32, 32, 32),
         cross_attention_dim=24,
         attention_head_dim=4,
         norm_num_groups=8,
+        **UNETS[family],
     ).eval()
 
 
@@ -86,7 +115,11 @@ def computed(unet: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(2, 4, 8, 8, generator=generator)
     context = torch.randn(2, 5, 24, generator=generator)
-    return unet(latents, torch.tensor([10, 700]), context).sample
+    added = {
+        "text_embeds": torch.randn(2, 12, generator=generator),
+        "time_ids": torch.tensor([[8.0, 8, 0, 0, 8, 8]]).expand(2, -1),
+    }
+    return unet(latents, torch.tensor([10, 700]), context, added_cond_kwargs=added).sample
 
 
 @torch.no_grad()
@@ -102,16 +135,15 @@ def by_hand(unet: UNet2DConditionModel, pairs: Mapping[str, LoRAPair]) -> Tensor
 
 def in_diffusers(unet: UNet2DConditionModel, path: Path) -> Tensor:
     scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
-    pipeline = StableDiffusionPipeline(
-        unet=copy.deepcopy(unet),
-        scheduler=scheduler,
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts: dict[str, Any] = {"unet": copy.deepcopy(unet), "scheduler": scheduler}
+    if unet.config["addition_embed_type"]:
+        nothing = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        pipeline = StableDiffusionXLPipeline(**parts, **dict.fromkeys(nothing))
+    else:
+        nothing = ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor")
+        pipeline = StableDiffusionPipeline(
+            **parts, **dict.fromkeys(nothing), requires_safety_checker=False
+        )
     pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
     return computed(pipeline.unet)
 
@@ -131,11 +163,13 @@ CONSUMERS: list[tuple[Dialect, Callable[[UNet2DConditionModel, Path], Tensor]]] 
 ]
 
 
+@every_family
 @pytest.mark.parametrize("kind", ["pairs", "mixed"])
 @pytest.mark.parametrize(("dialect", "consumer"), CONSUMERS, ids=[d for d, _ in CONSUMERS])
 def test_other_programs_compute_the_same(
     tmp_path: Path,
     unet: UNet2DConditionModel,
+    modules: Modules,
     request: pytest.FixtureRequest,
     dialect: Dialect,
     consumer: Callable[[UNet2DConditionModel, Path], Tensor],
@@ -143,10 +177,60 @@ def test_other_programs_compute_the_same(
 ) -> None:
     pairs: Pairs = request.getfixturevalue(kind)
     path = tmp_path / ("folder" if dialect == "peft" else "adapter.safetensors")
-    write_adapter(pairs, path, dialect=dialect, dtype=torch.float32, metadata=METADATA)
+    write_adapter(
+        pairs, path, dialect=dialect, dtype=torch.float32, metadata=METADATA, modules=modules
+    )
     expected = by_hand(unet, pairs)
     assert difference(consumer(unet, path), expected) < 1e-5
     assert difference(computed(unet), expected) > 0.1
+
+
+@pytest.mark.parametrize("family", ["sdxl"], indirect=True)
+def test_both_of_kohyas_spellings_mean_the_same_to_diffusers(
+    tmp_path: Path, unet: UNet2DConditionModel, modules: Modules, pairs: Pairs
+) -> None:
+    known = {n: p for n, p in pairs.items() if not n.startswith("add_embedding.")}  # in one of them
+    own, other = tmp_path / "own.safetensors", tmp_path / "other.safetensors"
+    write_adapter(
+        known, own, dialect="kohya", dtype=torch.float32, metadata=METADATA, modules=modules
+    )
+    write_adapter(known, other, dialect="kohya", dtype=torch.float32, metadata=METADATA)
+    assert read_header(own).tensors.keys().isdisjoint(read_header(other).tensors)
+    assert "lora_unet_input_blocks_4_1_proj_in.alpha" in read_header(own).tensors
+    expected = by_hand(unet, known)
+    for path in (own, other):
+        assert difference(in_diffusers(unet, path), expected) < 1e-5
+        assert difference(by_hand(unet, read_adapter(path, modules).pairs), expected) == 0
+
+
+@pytest.mark.parametrize("family", ["sdxl"], indirect=True)
+def test_control_a_block_counted_wrong_is_seen(
+    tmp_path: Path, unet: UNet2DConditionModel, modules: Modules, pairs: Pairs
+) -> None:
+    path = tmp_path / "a.safetensors"
+    write_adapter(
+        pairs, path, dialect="kohya", dtype=torch.float32, metadata=METADATA, modules=modules
+    )
+    one, other = "input_blocks_7_1", "input_blocks_8_1"
+    swapped = {
+        key.replace(one, "…").replace(other, one).replace("…", other): tensor
+        for key, tensor in load_file(path).items()
+    }
+    save_file(swapped, path)
+    assert difference(in_diffusers(unet, path), by_hand(unet, pairs)) > 1e-3
+
+
+@every_family
+def test_one_module_in_both_spellings_is_refused(tmp_path: Path, modules: Modules) -> None:
+    tensors = {
+        f"lora_unet_{place}_proj_in.lora_{part}.weight": torch.ones(shape)
+        for place in ("input_blocks_4_1", "down_blocks_1_attentions_0")
+        for part, shape in (("down", (1, 32)), ("up", (32, 1)))
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match="2 pairs that are not whole") as refused:
+        read_adapter(tmp_path / "a.safetensors", modules)
+    assert all("the same as" in problem for problem in refused.value.problems)
 
 
 @pytest.mark.parametrize(("dialect", "consumer"), CONSUMERS, ids=[d for d, _ in CONSUMERS])
@@ -376,7 +460,7 @@ def test_a_file_that_does_not_fit_is_refused(
         (f"{KOHYA}.dora_scale", "DoRA"),
         (f"{KOHYA}.hada_w1_a", "LoHa"),
         (f"{KOHYA}.lokr_w1", "LoKr"),
-        ("lora_unet_input_blocks_4_1_proj_in.alpha", "another family"),
+        ("lora_unet_input_blocks_8_1_transformer_blocks_9_norm1.alpha", "another family"),
     ],
 )
 def test_the_hint_says_what_foreign_keys_are(
