@@ -7,7 +7,10 @@ from eri.adapters import attach, load_adapter
 from eri.errors import ModelError, NonFiniteError, OccupiedError
 from eri.formats.adapter_file import Dialect, LoRAPair, write_adapter
 from eri.formats.header import read_header
+from eri.formats.unet_config import unet_config
 from eri.models import load_unet
+from eri.models.spec import build_spec
+from eri.run.adapter_files import shapes_of
 from eri.run.export import export
 
 
@@ -25,6 +28,41 @@ def test_every_dialect_reads_back_as_the_same_adapter(
     for name, layer in original.layers.items():
         difference = exported.layers[name].delta() - layer.delta()
         assert difference.norm() <= tolerance * layer.delta().norm()
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
+def test_once_around_all_dialects_changes_nothing(
+    request: pytest.FixtureRequest, tmp_path: Path, family: str
+) -> None:
+    """The same bytes come back, though none of these files is with its base model."""
+    layers = shapes_of(build_spec(unet_config(request.getfixturevalue(family) / "unet")))
+    torch.manual_seed(0)
+    pairs = {
+        name: LoRAPair(
+            down=torch.randn(2, *shape[1:]),
+            up=torch.randn(shape[0], 2, *(1 for _ in shape[2:])),
+            alpha=3.0,
+        )
+        for name, shape in layers.items()
+        if ".attention." in name
+    }
+    paths = [tmp_path / f"{number}" for number in range(4)]
+    write_adapter(pairs, paths[0], dialect="kohya", metadata={}, modules=layers)
+    dialects: tuple[Dialect, ...] = ("diffusers", "peft", "kohya")
+    for number, dialect in enumerate(dialects):
+        export(paths[number], paths[number + 1], dialect=dialect, precision="fp16", overwrite=False)
+    assert paths[0].read_bytes() == paths[3].read_bytes()
+    own = "lora_unet_input_blocks_4_1" if family == "sdxl" else "lora_unet_down_blocks_1_attenti"
+    assert any(name.startswith(own) for name in read_header(paths[3]).tensors)
+
+
+def test_a_hash_of_other_numbers_stays_behind(finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a.safetensors"
+    export(finished, output, dialect="diffusers", precision="bf16", overwrite=False)
+    assert "modelspec.hash_sha256" in read_header(finished / "disc.safetensors").metadata
+    metadata = read_header(output).metadata
+    assert "modelspec.hash_sha256" not in metadata
+    assert metadata["modelspec.title"] == "disc"
 
 
 def test_a_run_a_checkpoint_and_a_file_are_all_sources(finished: Path, tmp_path: Path) -> None:
