@@ -1,4 +1,14 @@
-"""Prompts to conditioning: a thin adapter to transformers' CLIP text encoder and tokenizer."""
+"""Prompts to conditioning: thin adapters to transformers' CLIP text encoder and tokenizer.
+
+Which states a model was trained with, counted from the last layer's, which is 1:
+
+    SD1.x   1, or `clip_skip`, after the final layer norm
+    SD2.x   the last of the layers that it uses, after the final layer norm
+    SDXL    2 of both encoders, without the norm, side by side; and of the second encoder the last
+            state of the end token, after the norm, projected: the pooled text
+
+Source: the pipelines of diffusers, and Podell et al., arXiv 2307.01952, section 2.1.
+"""
 
 from __future__ import annotations
 
@@ -7,54 +17,101 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from eri.errors import ModelError
-from eri.formats import diffusers_folder
-from eri.models.load import fill, read_weights
+from eri.errors import ConfigError, ModelError
+from eri.formats.checkpoint import text_parts
+from eri.formats.parts import TextPart
+from eri.models.load import fill
+from eri.models.tower import States, TextTower
+from eri.models.vocabulary import END, START, clip_vocabulary
+from eri.models.windows import Joined, Marks, cut, join, needed
 from eri.printable import printable
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
 __all__ = ["TextEncoder", "load_text"]
 
+WINDOWS_AT_ONCE = 16  # so that the memory a layer takes does not grow with the prompts
+PROJECTION = "text_projection.weight"
+OWN_STATES = "SD2.x and SDXL are trained with the last states but one of their text encoders"
+
 
 class TextEncoder:
-    """A CLIP text encoder with its tokenizer.
+    """The text encoders of a model, one or SDXL's two, with their tokenizers.
 
     Args:
-        model: the encoder.
-        tokenizer: its tokenizer.
-        tokens: T, the length that every prompt is padded or cut to, start and end included.
+        towers: the encoders, in the order of their channels.
+        joined: how the windows of a long prompt are joined; see `eri.models.windows`.
+        clip_skip_note: a sentence for people about a `clip_skip` that changes nothing.
     """
 
-    def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer, tokens: int) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.tokens = tokens
+    def __init__(
+        self,
+        towers: Sequence[TextTower],
+        *,
+        joined: Joined = "ui",
+        clip_skip_note: str | None = None,
+    ) -> None:
+        self.towers = towers
+        self.model = nn.ModuleList(towers).requires_grad_(False).eval()
+        """All of them."""
+        self.joined: Joined = joined
+        self.clip_skip_note = clip_skip_note
+        self.tokens = towers[0].length
+        """L, the tokens of a window, start and end included."""
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    def encode(self, prompts: Sequence[str], windows: int = 1) -> tuple[Tensor, Tensor | None]:
         """Encode prompts.
 
-        Returns:
-            The last hidden states after the final layer norm, `[B, T, C]`, and the pooled
-            embedding, which this family of models does not use: None.
-        """
-        ids = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            truncation=True,
-            max_length=self.tokens,
-            return_tensors="pt",
-        ).input_ids
-        return self.model(ids.to(self.model.device)).last_hidden_state, None
+        Args:
+            prompts: B of them; what does not fit into the windows is cut off.
+            windows: n, how many each prompt is read in, however short it is.
 
-    def tokens_lost(self, prompt: str) -> int:
-        """How many of a prompt's tokens do not fit and are cut off."""
-        # verbose=False: the tokenizer's own warning says the same in other words
-        return max(len(self.tokenizer(prompt, verbose=False).input_ids) - self.tokens, 0)
+        Returns:
+            The text states, `[B, T, C]`, T = n·L or n·(L-2) + 2 as `joined` says, and the pooled
+            text `[B, P]` of each first window, None where the model has none.
+
+        Raises:
+            ValueError: no prompt, or no window, or one text instead of a list.
+        """
+        if isinstance(prompts, str) or not prompts or windows < 1:
+            raise ValueError("TextEncoder.encode takes a list of prompts and at least one window")
+        contexts, pooled = [], None
+        for tower in self.towers:
+            states, pools = self._run(tower, prompts, windows)
+            contexts.append(join(states, joined=self.joined))
+            pooled = pools if pools is not None else pooled
+        return torch.cat(contexts, dim=-1), pooled
+
+    def windows_needed(self, prompts: Sequence[str]) -> int:
+        """The fewest windows that hold the longest of some prompts, 1 to 3."""
+        return needed(self._longest(prompts), self.tokens)
+
+    def tokens_lost(self, prompt: str, windows: int = 1) -> int:
+        """How many of a prompt's tokens do not fit into so many windows and are cut off."""
+        return max(self._longest([prompt]) - windows * (self.tokens - 2), 0)
+
+    def _longest(self, prompts: Sequence[str]) -> int:
+        counts = (len(ids) for tower in self.towers for ids in tower.tokens(prompts))
+        return max(counts, default=0)
+
+    def _run(
+        self, tower: TextTower, prompts: Sequence[str], windows: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """States `[B, n, L, C]`, and the first windows' pooled text `[B, P]`."""
+        cuts = [
+            cut(ids, tower.marks, length=self.tokens, windows=windows, joined=self.joined)
+            for ids in tower.tokens(prompts)
+        ]
+        device = tower.inner.final_layer_norm.weight.device
+        ids = torch.tensor(cuts, dtype=torch.long, device=device).reshape(-1, self.tokens)
+        done = [tower(part) for part in ids.split(WINDOWS_AT_ONCE)]
+        states = torch.cat([part for part, _ in done]).unflatten(0, (len(cuts), windows))
+        pools = [pool for _, pool in done if pool is not None]
+        return states, torch.cat(pools)[::windows] if pools else None
 
 
 def load_text(
@@ -62,36 +119,148 @@ def load_text(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    clip_skip: int | None = None,
+    joined: Joined = "ui",
 ) -> TextEncoder:
-    """Build the text encoder of a diffusers folder and load its weights.
+    """Build a model's text encoders and load their weights.
+
+    Args:
+        path: a diffusers folder, its `text_encoder` folder, or a safetensors file.
+        dtype: of the weights.
+        device: of the weights.
+        clip_skip: the states of SD1.x's encoder that are used, from the end: 1, the last, unless
+            said. SD2.x and SDXL have their own; 1 and 2 are accepted for them and change nothing.
+        joined: how the windows of a long prompt are joined; see `eri.models.windows`.
+
+    Returns:
+        The encoders, frozen, in evaluation mode.
 
     Raises:
-        ModelError: a part is missing, its config is not supported, or the weights do not fit.
+        ConfigError: a `clip_skip` that the model cannot follow.
+        ModelError: a part is missing, is not supported, or the weights do not fit.
+        DiskError: a file may not be read.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    where = Path(path)
+    parts = text_parts(where)
+    if not parts:
+        raise ModelError(
+            "the model has no text encoder",
+            where=printable(where),
+            hint="name one in model.text: the folder or file of a model of the same family",
+        )
+    states = _states(parts, clip_skip)
+    _check_windows(parts, where)
+    towers = []
+    for index, part in enumerate(parts):
+        pooled = len(parts) > 1 and index == len(parts) - 1
+        tower = _build(part, states, pooled=pooled, where=where)
+        _load(tower, part, dtype=dtype, device=device, where=where)
+        towers.append(tower)
+    return TextEncoder(towers, joined=joined, clip_skip_note=states.note)
 
-    root = Path(path)
-    folder = diffusers_folder.component(root, "text_encoder")
-    config = diffusers_folder.text_config(folder)
-    # these token ids stand in the published configs; of them only the pooled state depends
-    config |= {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
-    model: Any = CLIPTextModel(CLIPTextConfig(**config))  # wrapped, which hides its types
-    # transformers 5.6 took the inner `text_model` away, files are written with and without it
-    inner = getattr(model, "text_model", model)
-    weights = {
-        name.removeprefix("text_model."): tensor
-        for name, tensor in read_weights(diffusers_folder.weights(folder), device, dtype)
-        if not name.endswith("position_ids")
-    }
-    fill(inner, weights, where=folder)
-    place = diffusers_folder.component(root, "tokenizer")
+
+def _check_windows(parts: Sequence[TextPart], where: Path) -> None:
+    lengths = [part.config["max_position_embeddings"] for part in parts]
+    if len(set(lengths)) > 1 or lengths[0] < 3:
+        raise ModelError(
+            f"the text encoders read {' and '.join(map(str, lengths))} tokens; they must read "
+            "equally many, at least a start, a token and an end",
+            where=printable(where),
+        )
+
+
+def _states(parts: Sequence[TextPart], clip_skip: int | None) -> States:
+    """Which hidden states the model was trained with, or the person asks for."""
+    skip = 1 if clip_skip is None else clip_skip
+    # One encoder with quick_gelu is OpenAI's CLIP-L of SD1; with gelu it is OpenCLIP-H of SD2,
+    # whose last layer is not among the weights, so that its last state is the last but one.
+    if len(parts) == 1 and parts[0].config["hidden_act"] == "quick_gelu":
+        layers = parts[0].config["num_hidden_layers"]
+        if not 1 <= skip <= layers:
+            raise ConfigError(
+                f"clip_skip is {skip}, and the text encoder has {layers} layers",
+                where="model.clip_skip",
+                hint="1 is the last layer, 2 the one before it",
+            )
+        return States(skip, normed=True)
+    if skip not in {1, 2}:
+        raise ConfigError(
+            f"clip_skip is {skip}; {OWN_STATES}",
+            where="model.clip_skip",
+            hint="leave model.clip_skip out",
+        )
+    note = None if clip_skip is None else f"clip_skip changes nothing: {OWN_STATES}"
+    return States(1, normed=True, note=note) if len(parts) == 1 else States(2, False, note)
+
+
+def _build(part: TextPart, states: States, *, pooled: bool, where: Path) -> TextTower:
+    """An encoder on the meta device, without weights: initialising bigG's takes long."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    if pooled and PROJECTION not in part.pieces:
+        raise ModelError(
+            "the second text encoder has no text_projection, which SDXL needs",
+            where=printable(where),
+            hint="the file may be incomplete: download it again",
+        )
+    tokenizer, marks = _tokenizer(part)
+    # these token ids stand in all published configs; what they are for is not used here
+    config: Any = part.config | {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    width, projected = config["hidden_size"], config["projection_dim"]
+    with torch.device("meta"):
+        model: Any = CLIPTextModel(CLIPTextConfig(**config))  # wrapped, which hides its types
+        projection = nn.Linear(width, projected, bias=False) if pooled else None
+    return TextTower(model, projection, tokenizer=tokenizer, marks=marks, states=states)
+
+
+def _load(
+    tower: TextTower,
+    part: TextPart,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    where: Path,
+) -> None:
+    pieces = dict(part.pieces)
+    projection = pieces.pop(PROJECTION, None)  # only SDXL's second encoder uses it
+    fill(tower.inner, pieces, dtype=dtype, device=device, where=where)
+    if tower.text_projection is not None and projection is not None:
+        weight = {"weight": projection}
+        fill(tower.text_projection, weight, dtype=dtype, device=device, where=where)
+    positions = torch.arange(tower.length, device=device)[None]
+    tower.inner.embeddings.register_buffer("position_ids", positions, persistent=False)
+
+
+def _tokenizer(part: TextPart) -> tuple[CLIPTokenizer, Marks]:
+    """The folder's own tokenizer, or CLIP's."""
+    from transformers import CLIPTokenizer
+
+    if part.tokenizer is None:
+        vocabulary = clip_vocabulary()
+        merges: Any = vocabulary.merges  # pairs are read as well as lines, though not typed so
+        tokenizer = CLIPTokenizer(vocab=vocabulary.ids, merges=merges)
+        return tokenizer, Marks(vocabulary.ids[START], vocabulary.ids[END], part.pad)
+    where = printable(part.tokenizer)
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(place, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(part.tokenizer, local_files_only=True)
     except Exception as error:
         raise ModelError(
             f"the tokenizer cannot be read: {printable(str(error))}",
-            where=printable(place),
+            where=where,
             hint="download the folder again",
         ) from error
-    model.to(device).requires_grad_(False).eval()
-    return TextEncoder(model, tokenizer, config["max_position_embeddings"])
+    known = part.config["vocab_size"]
+    if len(tokenizer) > known:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens, the text encoder knows {known}",
+            where=where,
+            hint="the two belong to different models: download the folder again",
+        )
+    marks = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    if None in marks:
+        raise ModelError(
+            "the tokenizer lacks a token that starts, ends or fills up a prompt",
+            where=where,
+            hint="download the folder again",
+        )
+    return tokenizer, Marks(*marks)
