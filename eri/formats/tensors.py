@@ -7,7 +7,7 @@ name.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,26 +89,36 @@ def stream(
         ModelError: a file is damaged, or a weight is no floating-point number, or not finite.
         DiskError: a file may not be read.
     """
-    by_file: dict[Path, list[tuple[str, Piece]]] = {}
+    by_file: dict[Path, list[str]] = {}
     for name, piece in pieces.items():
-        by_file.setdefault(piece.file, []).append((name, piece))
+        by_file.setdefault(piece.file, []).append(name)
     extremes: dict[str, Tensor] = {}  # looked at once, at the end: a GPU need not wait before
-    for path, members in by_file.items():
-        bad = [f"{printable(p.key)}: {p.dtype}" for _, p in members if p.dtype not in FLOATS]
-        if bad:
-            raise ModelError(
-                f"{len(bad)} weights are not plain floating-point numbers",
-                where=printable(path),
-                hint="use the version in fp16, bf16, fp32 or plain fp8",
-                problems=bad[:SHOWN],
-            )
+    for path, names in by_file.items():
+        _require_floats(path, [pieces[name] for name in names])
         with _opened(path) as file:
-            for name, piece in members:
-                tensor = _read(file, piece).to(device, dtype, copy=True)
-                if tensor.numel():
-                    extremes[name] = torch.stack(torch.aminmax(tensor)).float()
+            for name in names:
+                tensor = _read(file, pieces[name]).to(device, dtype, copy=True)
+                extremes[name] = _extremes(tensor)
                 yield name, tensor
     _require_finite(pieces, extremes)
+
+
+def _require_floats(path: Path, pieces: Sequence[Piece]) -> None:
+    bad = [f"{printable(p.key)}: {p.dtype}" for p in pieces if p.dtype not in FLOATS]
+    if bad:
+        raise ModelError(
+            f"{len(bad)} weights are not plain floating-point numbers",
+            where=printable(path),
+            hint="use the version in fp16, bf16, fp32 or plain fp8",
+            problems=bad[:SHOWN],
+        )
+
+
+def _extremes(tensor: Tensor) -> Tensor:
+    """The least and the greatest number, float32 `[2]`; NaN where there is one among them."""
+    if not tensor.numel():
+        return torch.zeros(2, device=tensor.device)
+    return torch.stack(torch.aminmax(tensor)).float()
 
 
 def _read(file: Any, piece: Piece) -> Tensor:
