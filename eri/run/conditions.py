@@ -34,9 +34,9 @@ class Conditions(NamedTuple):
     time_ids: Tensor | None = None  # [B, 6], float32
 
 
-def encode(text: TextEncoder, prompts: Sequence[str]) -> list[Condition]:
-    """The condition of each prompt, on the CPU."""
-    context, pooled = text.encode(prompts)
+def encode(text: TextEncoder, prompts: Sequence[str], windows: int) -> list[Condition]:
+    """The condition of each prompt, read in so many windows, on the CPU."""
+    context, pooled = text.encode(prompts, windows=windows)
     contexts = context.cpu().unbind()
     if pooled is None:
         return [Condition(states) for states in contexts]
@@ -48,7 +48,8 @@ def guide(text: TextEncoder, prompt: str, negative: str) -> tuple[Condition, Con
 
     They hang on these two texts alone, so that a picture does not change with its neighbours.
     """
-    given, without = encode(text, [prompt, negative])
+    both = [prompt, negative]
+    given, without = encode(text, both, text.windows_needed(both))
     return given, without
 
 

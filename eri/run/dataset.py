@@ -86,14 +86,26 @@ def _look(
 
 
 class Samples(Sequence[Sample]):
-    """Encoded images with the conditions of their captions; latents are read when asked for."""
+    """Encoded images with the conditions of their captions; latents are read when asked for.
+
+    Args:
+        images: checked ones.
+        latents: theirs, in the same order.
+        conditions: of each caption.
+        windows: in which every caption was read.
+    """
 
     def __init__(
-        self, images: ImageSet, latents: Latents, conditions: dict[str, Condition]
+        self,
+        images: ImageSet,
+        latents: Latents,
+        conditions: dict[str, Condition],
+        windows: int,
     ) -> None:
         self.images = images
         self.latents = latents
         self.conditions = conditions
+        self.windows = windows
 
     def __len__(self) -> int:
         return len(self.images)
@@ -119,11 +131,21 @@ class Encoder:
         self.console = console
         self.check_stop = check_stop
 
-    def samples(self, base: Base, images: ImageSet) -> Samples:
-        """Encode images, from the cache where they are there, and their captions."""
+    def samples(self, base: Base, images: ImageSet, windows: int = 1) -> Samples:
+        """Encode images, from the cache where they are there, and their captions.
+
+        Args:
+            base: whose VAE and text encoder do it.
+            images: checked ones.
+            windows: of the text encoder, in which the captions are read; more if they need more.
+        """
         captions = list(dict.fromkeys(item.caption for item in images.items))
-        self._tell_what_is_cut(base.text, images)
-        conditions = dict(zip(captions, self._conditions(base.text, captions), strict=True))
+        needed = base.text.windows_needed(captions) if captions else 1
+        more, windows = needed > windows, max(needed, windows)
+        conditions = self._conditions(base.text, captions, windows)
+        if more:
+            self._tell_the_longest(base.text, images, conditions, windows)
+        self._tell_what_is_cut(base.text, images, windows)
         with told(self.console, "encoding images", self.check_stop) as progress:
             latents = cache_latents(
                 images.items,
@@ -132,23 +154,42 @@ class Encoder:
                 encoder=f"{base.facts.hashes['vae']} fp32 {base.vae.model.device.type}",
                 progress=progress,
             )
-        return Samples(images, latents, conditions)
+        return Samples(images, latents, conditions, windows)
 
-    def _conditions(self, text: TextEncoder, prompts: Sequence[str]) -> list[Condition]:
+    def _conditions(
+        self, text: TextEncoder, captions: Sequence[str], windows: int
+    ) -> dict[str, Condition]:
         conditions: list[Condition] = []
-        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-            conditions += encode(text, prompts[start : start + PROMPTS_AT_ONCE])
+        for start in range(0, len(captions), PROMPTS_AT_ONCE):
+            conditions += encode(text, captions[start : start + PROMPTS_AT_ONCE], windows)
             self.check_stop()
-        return conditions
+        return dict(zip(captions, conditions, strict=True))
 
-    def _tell_what_is_cut(self, text: TextEncoder, images: ImageSet) -> None:
+    def _tell_the_longest(
+        self,
+        text: TextEncoder,
+        images: ImageSet,
+        conditions: dict[str, Condition],
+        windows: int,
+    ) -> None:
+        """Why captions are read in several windows, and how long they become."""
+        longest = max(images.items, key=lambda item: text.tokens_lost(item.caption))
+        tokens = text.tokens - 2 + text.tokens_lost(longest.caption)  # more than one window holds
+        states = len(conditions[longest.caption].context)
+        say(
+            self.console,
+            f"note: the longest caption has {tokens} tokens ({printable(longest.path)}); "
+            f"captions are encoded in {windows} windows of {text.tokens}, {states} states each",
+        )
+
+    def _tell_what_is_cut(self, text: TextEncoder, images: ImageSet, windows: int) -> None:
         for item in images.items:
-            lost = text.tokens_lost(item.caption)
+            lost = text.tokens_lost(item.caption, windows=windows)
             if lost:
                 say(
                     self.console,
                     f"note: {printable(item.path)}: the caption has {lost} tokens more than the "
-                    f"{text.tokens} that the model reads; its end is cut off",
+                    f"{windows * (text.tokens - 2)} that the model reads; its end is cut off",
                 )
 
 

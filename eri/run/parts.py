@@ -43,7 +43,7 @@ def build(
     _set_arithmetic(config)
     base = load_base(facts, dtype=plan.dtype, device=plan.device)
     samples = encoder.samples(base, images.train)
-    validation = encoder.samples(base, images.validation)
+    validation = encoder.samples(base, images.validation, samples.windows)
     adapter = attach(
         base.unet,
         rank=config.adapter.rank,

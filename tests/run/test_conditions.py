@@ -26,13 +26,14 @@ class Words:
 
     def __init__(self, *, pools: bool) -> None:
         self.pools = pools
-        self.asked: list[tuple[str, ...]] = []
 
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        self.asked.append(tuple(prompts))
+    def encode(self, prompts: Sequence[str], windows: int = 1) -> tuple[Tensor, Tensor | None]:
         sizes = torch.tensor([float(len(prompt)) for prompt in prompts])
-        context = sizes[:, None, None].expand(-1, 77, 4)
+        context = sizes[:, None, None].expand(-1, 77 * windows, 4)
         return context, -sizes[:, None].expand(-1, 3) if self.pools else None
+
+    def windows_needed(self, prompts: Sequence[str]) -> int:
+        return max(-(-len(prompt) // 75) for prompt in prompts)
 
 
 @pytest.fixture
@@ -43,17 +44,17 @@ def words() -> Callable[..., TextEncoder]:
 def test_every_prompt_has_its_own_states_and_its_own_pooled_text(
     words: Callable[..., TextEncoder],
 ) -> None:
-    one, three = encode(words(pools=True), ["a", "abc"])
+    one, three = encode(words(pools=True), ["a", "abc"], windows=2)
     assert one.pooled is not None
     assert three.pooled is not None
-    assert (one.context.shape, one.pooled.shape) == ((77, 4), (3,))
+    assert (one.context.shape, one.pooled.shape) == ((154, 4), (3,))
     assert (one.context[0, 0], one.pooled[0]) == (1, -1)
     assert (three.context[0, 0], three.pooled[0]) == (3, -3)
 
 
 def test_a_model_without_pooled_text_has_none(sd15: Path) -> None:
     text = load_text(sd15)
-    (condition,) = encode(text, ["red star"])
+    (condition,) = encode(text, ["red star"], windows=1)
     assert condition.pooled is None
     assert torch.equal(condition.context, text.encode(["red star"])[0][0])
 
@@ -63,6 +64,14 @@ def test_a_picture_is_guided_by_its_prompt_and_its_negative_in_this_order(
 ) -> None:
     prompt, negative = guide(words(pools=True), "prompt", "no")
     assert (prompt.context[0, 0], negative.context[0, 0]) == (6, 2)
+
+
+def test_a_pair_is_read_in_the_windows_that_the_longer_of_the_two_needs(
+    words: Callable[..., TextEncoder],
+) -> None:
+    for texts, states in [(("a", "b"), 77), (("a" * 80, ""), 154), (("a", "b" * 200), 231)]:
+        pair = guide(words(pools=False), *texts)
+        assert [len(condition.context) for condition in pair] == [states, states]
 
 
 def test_a_batch_holds_each_samples_conditions_in_order(unet: UNet) -> None:

@@ -1,12 +1,14 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from eri.config import Config
 from eri.errors import Stopped
 from eri.run.base import load_base, look_at
-from eri.run.dataset import Encoder, Images, look_at_images
+from eri.run.dataset import Encoder, Images, ImageSet, look_at_images
 from tests.run.conftest import Screen
 
 CPU = torch.device("cpu")
@@ -40,6 +42,29 @@ def test_samples_are_the_encoded_images_with_their_captions(
     expected, _ = base.text.encode(["a red disc 3"])
     torch.testing.assert_close(samples[3].context, expected[0])
     assert samples[3].file.endswith("3.png")
+    assert samples[3].pooled is None
+    assert samples[3].time_ids is None
+
+
+def test_samples_of_sdxl_have_pooled_text_and_the_sizes_of_their_own_cut(
+    config: Config, change: Callable[..., Config], sdxl: Path, screen: Screen
+) -> None:
+    config = change(config, model={"path": str(sdxl)})
+    turned = Image.new("RGB", (240, 100))
+    turned.getexif()[0x0112] = 6  # stored lying; upright it is 100 wide and 240 high
+    turned.save(config.data[0].path / "3.png", exif=turned.getexif())
+    facts = look_at(config.model.path)
+    images = look_at_images(config, facts, screen.console, go_on)
+    base = load_base(facts, dtype=torch.float32, device=CPU)
+    samples = Encoder(screen.console, go_on).samples(base, images.train)
+    context, pooled = base.text.encode(["a red disc 3", "a red disc 4"])
+    assert pooled is not None
+    for sample, states, one in zip((samples[3], samples[4]), context, pooled, strict=True):
+        assert sample.pooled is not None
+        torch.testing.assert_close(sample.context, states)
+        torch.testing.assert_close(sample.pooled, one)
+    sizes = [ids.tolist() for sample in samples if (ids := sample.time_ids) is not None]
+    assert sizes[3:] == [[240, 100, 13, 0, 128, 64], [96, 96, 0, 0, 96, 96]]
 
 
 def test_the_second_time_nothing_is_encoded(
@@ -59,11 +84,36 @@ def test_the_second_time_nothing_is_encoded(
 
 def test_a_caption_that_is_too_long_is_told(config: Config, screen: Screen) -> None:
     facts = look_at(config.model.path)
+    (config.data[0].path / "0.txt").write_text("a " * 230)
+    images = look_at_images(config, facts, screen.console, go_on)
+    base = load_base(facts, dtype=torch.float32, device=CPU)
+    samples = Encoder(screen.console, go_on).samples(base, images.train)
+    assert "0.png: the caption has 5 tokens more than the 225 that the model reads" in screen.text
+    assert screen.text.count("its end is cut off") == 1
+    assert samples.windows == 3
+
+
+def test_one_long_caption_makes_all_of_them_long(config: Config, screen: Screen) -> None:
+    facts = look_at(config.model.path)
     (config.data[0].path / "0.txt").write_text("a " * 80)
     images = look_at_images(config, facts, screen.console, go_on)
     base = load_base(facts, dtype=torch.float32, device=CPU)
-    Encoder(screen.console, go_on).samples(base, images.train)
-    assert "0.png: the caption has 5 tokens more than the 77" in screen.text
+    samples = Encoder(screen.console, go_on).samples(base, images.train)
+    assert {sample.context.shape for sample in samples} == {(154, 32)}
+    assert "note: the longest caption has 80 tokens (" in screen.text
+    assert "0.png); captions are encoded in 2 windows of 77, 154 states each" in screen.text
+    assert "cut off" not in screen.text
+
+
+def test_held_out_captions_are_read_as_those_of_training_or_longer(
+    config: Config, images: Images, screen: Screen
+) -> None:
+    base = load_base(look_at(config.model.path), dtype=torch.float32, device=CPU)
+    encoder = Encoder(screen.console, go_on)
+    assert encoder.samples(base, images.validation).windows == 1
+    assert encoder.samples(base, images.validation, 2)[0].context.shape == (154, 32)
+    assert "longest caption" not in screen.text
+    assert encoder.samples(base, ImageSet(), 2).windows == 2
 
 
 def test_asked_to_stop_it_stops_between_two_images(config: Config, screen: Screen) -> None:
