@@ -6,7 +6,7 @@ in the way of an older, complete copy.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -106,7 +106,7 @@ def _fetch(hub_id: HubId, cache: Path, say: Callable[[str], None]) -> Path:
 def _choose(remote: Remote) -> tuple[list[str], list[str]]:
     """The small files to get; then the weights, or the index of their shards, of each part."""
     index = read_object(remote.snapshot / INDEX)
-    parts = _parts(index)
+    parts = _parts(index, {name.partition("/")[0] for name in remote.sizes})
     if "unet" not in parts:
         raise ModelError(
             f"a {printable(str(index.get('_class_name')))} has no U-Net",
@@ -228,12 +228,13 @@ def _remember(remote: Remote) -> None:
 
 
 def _lacks(snapshot: Path) -> list[str]:
-    """What a snapshot does not hold of the parts that its model_index.json names."""
+    """What a snapshot does not hold of its model's parts."""
     try:
-        parts = _parts(read_object(snapshot / INDEX))
+        index = read_object(snapshot / INDEX)
     except ModelError as error:
         return [error.what]
     with disk_errors(snapshot):
+        parts = _parts(index, [path.name for path in snapshot.iterdir()])
         return [problem for part in parts for problem in _part_lacks(snapshot / part)]
 
 
@@ -257,10 +258,19 @@ def _weights_lack(folder: Path) -> Iterator[str]:
         yield f"{folder.name}: {error.what}"
 
 
-def _parts(index: dict[str, Any]) -> list[str]:
-    """The parts that a model_index.json names; a part that a model does without is two nulls."""
-    named = (part for part in PARTS if isinstance(index.get(part), list))
-    return [part for part in named if index[part] and None not in index[part]]
+def _parts(index: dict[str, Any], folders: Collection[str]) -> list[str]:
+    """The parts of a model: those that its model_index.json names, and those that it passes over
+    although their folder is there. A part that a model does without is named with two nulls.
+    Every model needs its scheduler's config.
+    """
+    return [part for part in PARTS if part == "scheduler" or _is_used(part, index, folders)]
+
+
+def _is_used(part: str, index: dict[str, Any], folders: Collection[str]) -> bool:
+    if part not in index:
+        return part in folders
+    named = index[part]
+    return isinstance(named, list) and bool(named) and None not in named
 
 
 def _is_revision(text: str) -> bool:

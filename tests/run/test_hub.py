@@ -27,6 +27,7 @@ INDEX: dict[str, Any] = {
     "text_encoder": ["transformers", "CLIPTextModel"],
     "text_encoder_2": [None, None],
     "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": [None, None],
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
@@ -167,6 +168,11 @@ def test_the_second_text_encoder_of_sdxl(stub: StubHub, said: list[str]) -> None
     stub.commit = LATER
     folder = hub.download(MAIN, said.append)
     assert files_in(folder) == sorted([*NEEDED, *second])
+
+
+def test_an_index_that_passes_parts_over(stub: StubHub, said: list[str]) -> None:
+    stub.files["model_index.json"] = b'{"unet": ["diffusers", "UNet2DConditionModel"]}'
+    assert files_in(hub.download(MAIN, said.append)) == NEEDED
 
 
 def test_full_weights_where_there_is_no_fp16(stub: StubHub, said: list[str]) -> None:
@@ -442,7 +448,7 @@ def test_a_model_without_a_unet(stub: StubHub) -> None:
     assert error.what == "a Flux\\x1bPipeline has no U-Net"
 
 
-@pytest.mark.parametrize("index", [b"<html>", b"[]", b"{}", b'{"unet": 7}', b'{"unet": []}'])
+@pytest.mark.parametrize("index", [b"<html>", b"[]", b'{"unet": 7}', b'{"unet": []}'])
 def test_a_damaged_index(stub: StubHub, index: bytes) -> None:
     stub.files["model_index.json"] = index
     with pytest.raises(ModelError, match=r"not a JSON file|has no U-Net"):
@@ -454,6 +460,12 @@ def test_a_repository_that_lacks_small_files(stub: StubHub) -> None:
     del files["unet/config.json"], files["scheduler/scheduler_config.json"]
     error = refusal(stub, files)
     assert error.problems == ("scheduler/scheduler_config.json", "unet/config.json")
+
+
+def test_a_repository_without_a_scheduler(stub: StubHub) -> None:
+    files = {name: c for name, c in model().items() if not name.startswith("scheduler")}
+    files["model_index.json"] = b'{"unet": ["diffusers", "UNet2DConditionModel"]}'
+    assert refusal(stub, files).problems == ("scheduler/scheduler_config.json",)
 
 
 def test_a_tokenizer_without_words(stub: StubHub) -> None:
