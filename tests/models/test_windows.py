@@ -37,6 +37,8 @@ def test_kohya_cuts_one_text_with_one_end() -> None:
     assert cut_kohya([1, 2, 3]) == [[S, 1, 2, 3, E, P], [S, E, P, P, P, P]]
     assert cut_kohya([]) == [[S, E, P, P, P, P], [S, E, P, P, P, P]]
     assert cut_kohya([*range(1, 12)]) == [[S, 1, 2, 3, 4, E], [S, 5, 6, 7, 8, E]]
+    # a token of the prompt that is also what fills up is taken for that
+    assert cut_kohya([1, 2, 3, P, P, 6]) == [[S, 1, 2, 3, P, P], [S, E, 6, E, P, P]]
     # where the end fills up, the last token is an end anyway
     assert cut_kohya([1, 2, 3, 4, 5], CLIP) == [[S, 1, 2, 3, 4, E], [S, 5, E, E, E, E]]
     assert cut_kohya([1, 2, 3], CLIP) == [[S, 1, 2, 3, E, E], [S, E, E, E, E, E]]
