@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch
 from eri.config import Config
 from eri.run.base import look_at
 from eri.run.dataset import Encoder, look_at_images
+from eri.run.objective import SampleBatch, validate
 from eri.run.parts import Parts, build
 from eri.run.plan import plan_run
 from tests.run.conftest import Screen
@@ -30,6 +32,37 @@ def test_the_parts_fit_together(config: Config, built: Callable[[Config], Parts]
     assert (len(parts.samples), len(parts.validation)) == (5, 2)
     assert parts.previews.prompts == ("a red disc",)
     assert not parts.state.scaler.is_enabled()
+
+
+def test_what_is_measured_and_drawn_does_not_change_how_training_captions_are_read(
+    config: Config, change: Callable[..., Config], built: Callable[[Config], Parts]
+) -> None:
+    (held_out,) = (source.validation for source in config.data)
+    assert held_out is not None
+    (held_out / "0.txt").write_text("a " * 80)
+    config = change(config, sample={"prompts": ("a " * 160, "short")})
+    parts = built(config)
+    assert (parts.samples.windows, parts.validation.windows) == (1, 2)
+    lengths = [[len(one.context) for one in pair] for pair in parts.previews.conditions]
+    assert lengths == [[231, 231], [77, 77]]
+    (config.data[0].path / "0.txt").write_text("a " * 160)
+    parts = built(config)
+    assert (parts.samples.windows, parts.validation.windows) == (3, 3)
+
+
+def test_sdxl_is_trained_measured_and_drawn(
+    config: Config, change: Callable[..., Config], sdxl: Path, built: Callable[[Config], Parts]
+) -> None:
+    parts = built(change(config, model={"path": str(sdxl)}))
+    losses = parts.objective(SampleBatch([parts.samples[0], parts.samples[2]], range(2)))
+    assert losses.isfinite().all()
+    assert validate(parts.objective, parts.validation).mean > 0
+    (picture,) = parts.previews.draw(0, lambda: False)
+    assert picture.size == (64, 64)
+    ((prompt, negative),) = parts.previews.conditions
+    assert prompt.pooled is not None
+    assert negative.pooled is not None
+    assert not torch.equal(prompt.pooled, negative.pooled)
 
 
 def test_the_adapter_is_float32_beside_a_net_in_bf16(

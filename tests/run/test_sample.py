@@ -41,6 +41,26 @@ def test_one_prompt_is_one_picture_of_the_models_size(drawing: Drawing, tmp_path
     assert size_of(path) == (64, 64)
 
 
+def test_sdxl_draws_what_it_is_asked_for(drawing: Drawing, sdxl: Path, tmp_path: Path) -> None:
+    drawing = replace(drawing, model=str(sdxl))
+    plain = drawn(drawing, tmp_path / "plain.png")
+    assert plain == drawn(drawing, tmp_path / "again.png")
+    assert plain != drawn(replace(drawing, prompts=("a blue star",)), tmp_path / "prompt.png")
+    assert plain != drawn(replace(drawing, negative="a blue star"), tmp_path / "negative.png")
+
+
+def test_a_picture_does_not_hang_on_the_length_of_the_other_prompts(
+    drawing: Drawing, tmp_path: Path
+) -> None:
+    def first(*prompts: str) -> Image.Image:
+        path = tmp_path / f"{len(prompts)}.png"
+        draw(replace(drawing, prompts=(*prompts, "a")), path)
+        with Image.open(path) as sheet:
+            return sheet.convert("RGB").crop((0, 0, 200, 200))
+
+    assert first("red").tobytes() == first("red", "a " * 100).tobytes()
+
+
 def test_several_prompts_come_on_one_sheet(drawing: Drawing, tmp_path: Path) -> None:
     path = tmp_path / "sheet.png"
     draw(replace(drawing, prompts=("a", "b")), path)
