@@ -3,7 +3,7 @@
 import importlib.resources
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from eri.models.text import TextEncoder, load_text
 from eri.models.unet import UNet, UNetSpec
 from eri.models.vae import VAE, load_vae
 from eri.printable import printable
+from eri.run import hub
 
 __all__ = ["Base", "BaseFacts", "find_base", "load_base", "look_at"]
 
@@ -122,13 +123,25 @@ class Base:
     schedule: NoiseSchedule
 
 
-def look_at(model: ModelSource | str) -> BaseFacts:
+Say = Callable[[str], None]
+"""Called with single lines for people."""
+
+
+def _silent(line: str) -> None:
+    """Nobody listens."""
+
+
+def look_at(model: ModelSource | str, say: Say = _silent) -> BaseFacts:
     """Find a base model that can be trained and drawn with.
+
+    Args:
+        model: `demo`, a path, a hub id, or a config's `model`.
+        say: told what is downloaded.
 
     Raises:
         ModelError: it is missing, not supported, damaged, or lacks a part.
     """
-    facts = find_base(model)
+    facts = find_base(model, say)
     if facts.lacks:
         what, hint = facts.lacks[0]
         raise ModelError(
@@ -140,24 +153,25 @@ def look_at(model: ModelSource | str) -> BaseFacts:
     return facts
 
 
-def find_base(model: ModelSource | str) -> BaseFacts:
+def find_base(model: ModelSource | str, say: Say = _silent) -> BaseFacts:
     """Find a base model, whole or not, and read what can be read without its weights.
 
     Args:
-        model: `demo`, a path, or a config's `model`.
+        model: `demo`, a path, a hub id, or a config's `model`.
+        say: told what is downloaded.
 
     Raises:
         ModelError: it is missing, not supported or damaged.
     """
     source = ModelSource(path=model) if isinstance(model, str) else model
-    path = _find(source.path)
+    path, name = _find(source.path, say)
     unet = unet_part(path)
     spec = build_spec(unet.fields)
     noise, hint, notes = _in_file(path) if path.is_file() else _in_folder(path)
     return BaseFacts(
         source=source,
         path=path,
-        name=source.path if source.path == "demo" else path.name,
+        name=name,
         unet=unet,
         vae=vae_part(_other(source.vae, path), spec.family),
         text=text_parts(_other(source.text, path)),
@@ -190,18 +204,22 @@ def load_base(facts: BaseFacts, *, dtype: torch.dtype, device: torch.device) -> 
     )
 
 
-def _find(model: str) -> Path:
+def _find(model: str, say: Say) -> tuple[Path, str]:
+    """Where a model is, and its name."""
     if model == "demo":
-        return Path(str(importlib.resources.files("eri") / "demo" / "model"))
+        return Path(str(importlib.resources.files("eri") / "demo" / "model")), model
     path = Path(model).expanduser()
     if path.is_file() or (path.is_dir() and diffusers_folder.is_folder(path)):
-        return path
+        return path, path.absolute().name
     if path.is_dir():
         raise ModelError(
             "this folder is not a diffusers model: it has no model_index.json",
             where=printable(path),
             hint="point model: at the folder that holds unet/, vae/ and text_encoder/",
         )
+    hub_id = None if path.exists() else hub.parse(model)
+    if hub_id is not None:
+        return hub.download(hub_id, say), hub_id.name
     raise ModelError(
         "no such model",
         where=printable(path),

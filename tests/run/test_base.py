@@ -8,6 +8,7 @@ from eri.config import ModelSource
 from eri.errors import ModelError
 from eri.run.base import find_base, load_base, look_at
 from tests.families import save_sd15_real, single_file
+from tests.stub_hub import stub_hub
 
 
 def test_what_is_known_before_any_weight_is_read(sd15: Path) -> None:
@@ -115,3 +116,17 @@ def test_what_is_unusual_in_a_file_is_told(sd15_real: Path, tmp_path: Path) -> N
     assert "in F8_E4M3; all are cast" in notes
     plain = single_file(sd15_real, tmp_path / "plain.safetensors", loose=True)
     assert look_at(str(plain)).notes == ()
+
+
+def test_a_model_on_the_hub(sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        path.relative_to(sdxl).as_posix(): path.read_bytes()
+        for path in sdxl.rglob("*")
+        if path.is_file()
+    }
+    said: list[str] = []
+    with stub_hub(files, tmp_path, monkeypatch):
+        facts = look_at("owner/name@v1.0", said.append)
+    assert (facts.name, facts.spec.family) == ("name", "sdxl")
+    assert any("owner/name" in line for line in said)
+    assert load_base(facts, dtype=torch.float32, device=torch.device("cpu")).vae.scale == 0.13025
