@@ -29,7 +29,24 @@ MAY_IMPORT = {
     "formats": GROUND,
 }
 TORCH_FREE = {"__init__", "__main__", "cli", "errors", "config", "files", "printable"}
-TORCH_FREE_FILES = {"eri/formats/header.py"}
+TORCH_FREE_FILES = {  # they tell what a model is before any weight is read
+    "eri/formats/checkpoint.py",
+    "eri/formats/compvis_unet.py",
+    "eri/formats/diffusers_folder.py",
+    "eri/formats/foreign.py",
+    "eri/formats/foreign_config.py",
+    "eri/formats/header.py",
+    "eri/formats/parts.py",
+    "eri/formats/prediction_hints.py",
+    "eri/formats/single_file.py",
+    "eri/formats/strict_json.py",
+    "eri/formats/tail.py",
+    "eri/formats/text_names.py",
+    "eri/formats/unet_config.py",
+    "eri/formats/unet_names.py",
+    "eri/formats/unet_shapes.py",
+    "eri/formats/vae_names.py",
+}
 HEAVY = {"diffusers", "transformers", "huggingface_hub"}
 HEAVY_INSIDE_FUNCTIONS = {"eri/models/text.py", "eri/models/vae.py", "eri/diffusion/samplers.py"}
 HUB_INSIDE_FUNCTIONS = {"eri/run/hub_client.py"}  # of huggingface_hub

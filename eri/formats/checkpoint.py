@@ -26,6 +26,8 @@ VAE_SCALES: Mapping[Family, float] = {"sd15": 0.18215, "sd21": 0.18215, "sdxl": 
 """What latents are multiplied by, where no config tells it."""
 
 A_MODEL = "a model that eri trains"
+A_VAE = "a VAE that eri reads"
+A_TEXT_ENCODER = "a text encoder that eri reads"
 VAE_GROUPS = 32
 LATENT_CHANNELS = 4
 SHOWN = 5  # names listed in a message
@@ -85,6 +87,10 @@ def text_parts(path: Path) -> tuple[TextPart, ...]:
     if not path.is_file():
         return text_names.folder_parts(path)
     file = read_single_file(path)
+    if not file.text and not file.has_unet:
+        names = file.header.tensors
+        if foreign_kind(names) is not None or not file.vae:
+            raise refusal(path, names, A_TEXT_ENCODER)
     alone = len(file.text) == 1
     return tuple(
         # SD2 was trained on the last state but one, so its files' last block is not used
@@ -96,8 +102,7 @@ def text_parts(path: Path) -> tuple[TextPart, ...]:
 
 
 def _unet_in_file(file: SingleFile) -> UNetPart:
-    kind = foreign_kind([*file.unet, *file.unused])
-    if not file.unet or kind is not None:
+    if not file.unet or foreign_kind(_telling(file)) is not None:
         raise _not_a_unet(file)
     if file.unet_naming == "compvis":
         try:
@@ -125,25 +130,34 @@ def _fields(file: SingleFile, pieces: Pieces) -> UNetConfigFields:
     return fields
 
 
+def _telling(file: SingleFile) -> Iterable[str]:
+    """The names that tell what a file is.
+
+    Where a U-Net begins and ends those are its own: what else lies in the file is not used.
+    """
+    return file.unet if file.has_unet else file.header.tensors
+
+
 def _not_a_unet(file: SingleFile) -> ModelError:
     """What a file without a usable U-Net is."""
-    if foreign_kind([*file.unet, *file.unused]) is None and (file.vae or file.text):
+    if foreign_kind(_telling(file)) is None and (file.vae or file.text):
         found = "a VAE" if file.vae else "a text encoder"
         found = "a VAE and text encoders without a U-Net" if file.vae and file.text else found
         key = "model.vae" if file.vae else "model.text"
         return ModelError(
             f"this is {found}, not {A_MODEL}",
             where=printable(file.path),
-            hint=f"name the U-Net's file in model.path and this one in {key}",
+            hint=f"set model.path to a whole model or to a U-Net, and {key} to this file",
         )
-    return refusal(file.path, file.header, A_MODEL)
+    return refusal(file.path, _telling(file), A_MODEL)
 
 
 def _vae_in_file(file: SingleFile, family: Family | None) -> VAEPart | None:
+    telling = file.vae if file.has_unet else file.header.tensors
+    if foreign_kind(telling) is not None or not (file.unet or file.vae or file.text):
+        raise refusal(file.path, telling, A_VAE)
     if not file.vae:
-        if file.unet or file.text:
-            return None
-        raise refusal(file.path, file.header, "a VAE")
+        return None
     if vae_names.is_compvis(file.vae):
         try:
             names = vae_names.from_compvis(file.vae)
@@ -224,5 +238,6 @@ def _from_diffusers(names: Iterable[str], where: Path) -> dict[str, str]:
 
 
 def _located(error: ModelError, path: Path) -> ModelError:
-    """The same error, saying which file it is about."""
-    return ModelError(error.what, where=printable(path), hint=error.hint, problems=error.problems)
+    """The same error, saying which file it is about and, if it says nothing, what to do."""
+    hint = error.hint or "the file may be damaged: download it again, or use another version"
+    return ModelError(error.what, where=printable(path), hint=hint, problems=error.problems)

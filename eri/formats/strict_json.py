@@ -39,7 +39,11 @@ def read_object(path: Path) -> dict[str, Any]:
         DiskError: it may not be read.
     """
     if not path.is_file():
-        raise ModelError(f"{printable(path.name)} is missing", where=printable(path.parent))
+        raise ModelError(
+            f"{printable(path.name)} is missing",
+            where=printable(path.parent),
+            hint="download the whole folder again",
+        )
     with disk_errors(path), path.open("rb") as file:
         text = file.read(MAX_BYTES + 1)
     try:

@@ -42,7 +42,7 @@ def fields_from_shapes(shapes: Shapes, where: Path, *, openclip: bool) -> UNetCo
         shapes: of every tensor, by our names.
         where: the file, for errors.
         openclip: whether an OpenCLIP text encoder comes with it: SD2.x exists with convolutions
-            around its transformers too.
+            around its transformers too, and nothing else in it tells it from SD1.x.
 
     Raises:
         ModelError: a tensor that every U-Net has is missing, or the U-Net is one of another kind.
@@ -58,12 +58,17 @@ def fields_from_shapes(shapes: Shapes, where: Path, *, openclip: bool) -> UNetCo
     up_depths = tuple(tuple(depths[f"up.{n}", j] for j in up[n]) for n in range(levels))
     context_dim = _first(shapes, ".attn2.to_k.weight", where)[1]
     entry = _first(shapes, ".attention.proj_in.weight", where)
-    linear = len(entry) == 2 or openclip or context_dim == CONTEXT_SD2
-    added = shapes.get("add_embedding.linear_1.weight")
-    if not linear:
-        family = "sd15"
+    attends = [
+        any((*down_depths[n], *up_depths[levels - 1 - n], n == levels - 1 and depths["mid", 0]))
+        for n in range(levels)
+    ]
+    name = "add_embedding.linear_1.weight"
+    added = _shape(shapes, name, where) if name in shapes else None
+    linear = len(entry) == 2 or openclip or context_dim == CONTEXT_SD2 or added is not None
+    if added is not None:
+        family = "sdxl"
     else:
-        family = "sd21" if added is None else "sdxl"
+        family = "sd21" if linear else "sd15"
     return UNetConfigFields(
         in_channels=_shape(shapes, "conv_in.weight", where)[1],
         out_channels=_shape(shapes, "conv_out.weight", where)[0],
@@ -72,7 +77,7 @@ def fields_from_shapes(shapes: Shapes, where: Path, *, openclip: bool) -> UNetCo
         down_depths=down_depths,
         mid_depth=depths["mid", 0] or None,
         up_depths=up_depths,
-        heads=_heads(channels, down_depths, linear, where),
+        heads=_heads(channels, attends, linear, where),
         context_dim=context_dim,
         linear_projection=linear,
         norm_groups=GROUPS,
@@ -126,20 +131,22 @@ def _depths(shapes: Shapes) -> Mapping[tuple[str, int], int]:
     return found
 
 
-def _heads(channels: tuple[int, ...], depths: Depths, linear: bool, where: Path) -> tuple[int, ...]:
-    heads = []
-    for width, depth in zip(channels, depths, strict=True):
-        count = max(width // HEAD_WIDTH, 1) if linear else HEADS_SD1
-        if any(depth) and (width % count or (linear and width % HEAD_WIDTH)):
+def _heads(
+    channels: tuple[int, ...], attends: list[bool], linear: bool, where: Path
+) -> tuple[int, ...]:
+    """Attention heads of each level."""
+    for width, attending in zip(channels, attends, strict=True):
+        if width % GROUPS:
+            raise _broken(f"a level of width {width} cannot have {GROUPS} groups", where)
+        if attending and linear and width % HEAD_WIDTH:
             raise _broken(f"a transformer of width {width} cannot have its heads", where)
-        heads.append(count)
-    return tuple(heads)
+    return tuple(max(width // HEAD_WIDTH, 1) if linear else HEADS_SD1 for width in channels)
 
 
 def _shape(shapes: Shapes, name: str, where: Path) -> tuple[int, ...]:
     shape = shapes.get(name, ())
-    if len(shape) < 2:
-        raise _broken(f"{name} is missing or has no two sides", where)
+    if len(shape) < 2 or not all(shape):
+        raise _broken(f"{name} is {list(shape) if name in shapes else 'missing'}", where)
     return shape
 
 

@@ -18,7 +18,7 @@ from eri.models.spec import build_spec
 from eri.models.unet import UNet
 from eri.printable import printable
 
-__all__ = ["fill", "load_unet"]
+__all__ = ["fill", "load_unet", "require_fit"]
 
 SHOWN = 5  # names listed in a message before "and n more"
 
@@ -71,6 +71,23 @@ def fill(
         ModelError: tensors are missing, left over, of another shape, damaged or not finite.
         DiskError: a file may not be read.
     """
+    expected = require_fit(module, pieces, where)
+    weights = {
+        name: tensor.reshape(expected[name])
+        for name, tensor in stream(pieces, device=device, dtype=dtype)
+    }
+    module.load_state_dict(weights, strict=True, assign=True)
+
+
+def require_fit(module: nn.Module, pieces: Pieces, where: Path) -> dict[str, tuple[int, ...]]:
+    """Refuse tensors that are not those of a module.
+
+    Returns:
+        The shape of every tensor of the module, by its name.
+
+    Raises:
+        ModelError: tensors are missing, left over or of another shape.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     problems = [
         *(f"missing: {name} {list(expected[name])}" for name in expected.keys() - pieces.keys()),
@@ -96,11 +113,7 @@ def fill(
             hint="the file may be incomplete or belong to another model; download it again",
             problems=shown,
         )
-    weights = {
-        name: tensor.reshape(expected[name])
-        for name, tensor in stream(pieces, device=device, dtype=dtype)
-    }
-    module.load_state_dict(weights, strict=True, assign=True)
+    return expected
 
 
 def _fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:

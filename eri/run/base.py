@@ -148,7 +148,7 @@ def look_at(model: ModelSource | str, say: Say = _silent) -> BaseFacts:
             what,
             where=printable(facts.path),
             hint=hint,
-            problems=[line for line, _ in facts.lacks[1:]],
+            problems=[f"{line}: {hint}" for line, hint in facts.lacks[1:]],
         )
     return facts
 

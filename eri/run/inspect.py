@@ -9,27 +9,32 @@ import torch
 
 from eri.config import load_config
 from eri.errors import ModelError
-from eri.files import sha256
 from eri.formats import diffusers_folder
-from eri.formats.adapter_file import LoRAPair, read_adapter
+from eri.formats.adapter_file import PEFT_WEIGHTS, LoRAPair, read_adapter
+from eri.formats.foreign import foreign_kind
 from eri.formats.header import read_header
+from eri.formats.single_file import sort_tensors
 from eri.formats.strict_json import read_object
 from eri.printable import printable
 from eri.run import checkpoints
 from eri.run.adapter_files import CONFIG, is_finished, layers_in
-from eri.run.base import look_at
+from eri.run.inspect_base import base_in_file, base_in_folder
 from eri.run.validation import FILE as VALIDATION
 
 __all__ = ["as_json", "as_text", "inspect_path"]
 
 Facts = dict[str, Any]
 
+GROUPED = 10**5  # a number with so many digits is easier to read in groups of them
+ON_ONE_LINE = 60  # characters of a list
+
 
 def inspect_path(target: Path) -> Facts:
     """Find out what lies at a path.
 
     Returns:
-        Facts as JSON can hold them; `kind` is `run`, `checkpoint`, `base model` or `adapter`.
+        Facts as JSON can hold them; `kind` is `run`, `checkpoint`, `adapter`, `base model`, or
+        the parts of one that there are: `U-Net`, `VAE`, `text encoder`.
 
     Raises:
         ModelError: nothing is there, it is damaged, or it is nothing that eri knows.
@@ -38,13 +43,15 @@ def inspect_path(target: Path) -> Facts:
         return _run(target)
     if (target / checkpoints.STATE).is_file():
         return _checkpoint(target)
-    if target.is_dir() and diffusers_folder.is_folder(target):
-        return _base_model(target)
-    if not target.exists() and str(target) == "demo":
-        return _base_model(target)
     if not target.exists():
-        raise ModelError("no such file or folder", where=printable(target))
-    return _adapter(target)
+        if str(target) == "demo":
+            return base_in_folder(target)
+        raise ModelError(
+            "no such file or folder",
+            where=printable(target),
+            hint="name an adapter, a base model, a run or a checkpoint",
+        )
+    return _folder(target) if target.is_dir() else _file(target)
 
 
 def as_json(facts: Facts) -> str:
@@ -53,16 +60,46 @@ def as_json(facts: Facts) -> str:
 
 
 def as_text(facts: Facts, indent: str = "") -> str:
-    """Lines of `name: value`, nested facts indented below their name."""
+    """Lines of `name: value`, nested facts and long lists indented below their name."""
     lines = []
     for name, value in facts.items():
         if isinstance(value, dict):
             lines += [f"{indent}{name}:", as_text(value, indent + "  ")]
+        elif isinstance(value, list) and len(", ".join(map(str, value))) > ON_ONE_LINE:
+            lines += [f"{indent}{name}:", *(f"{indent}  {_shown(item)}" for item in value)]
         elif isinstance(value, list):
-            lines += [f"{indent}{name}:", *(f"{indent}  {item}" for item in value)]
+            lines.append(f"{indent}{name}: {', '.join(map(_shown, value))}")
         else:
-            lines.append(f"{indent}{name}: {value}")
+            lines.append(f"{indent}{name}: {_shown(value)}")
     return "\n".join(line for line in lines if line)
+
+
+def _shown(value: Any) -> str:
+    """Large numbers in groups of three digits, truth as people say it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) and abs(value) >= GROUPED else str(value)
+
+
+def _file(path: Path) -> Facts:
+    """An adapter, a base model, or a part of one, told by the names of its tensors."""
+    header = read_header(path)
+    file = sort_tensors(path, header)
+    kind = None if file.has_unet else foreign_kind(header.tensors)
+    return _adapter(path) if kind is not None and kind.adapter else base_in_file(file)
+
+
+def _folder(path: Path) -> Facts:
+    if (path / PEFT_WEIGHTS).is_file():
+        return _adapter(path)
+    if diffusers_folder.is_folder(path) or (path / "config.json").is_file():
+        return base_in_folder(path)
+    raise ModelError(
+        "this folder is nothing that eri knows",
+        where=printable(path),
+        hint="a run has a config.yaml, a diffusers model a model_index.json, an adapter of PEFT "
+        f"an {PEFT_WEIGHTS}",
+    )
 
 
 def _adapter(path: Path) -> Facts:
@@ -112,32 +149,6 @@ def _norms(pairs: dict[str, LoRAPair]) -> dict[str, float]:
         # ‖B·A‖² = tr(BᵀB·AAᵀ): r x r instead of the whole weight
         squares[stage] += scale**2 * torch.trace(up.T @ up @ down @ down.T).item()
     return {stage: round(max(value, 0.0) ** 0.5, 6) for stage, value in squares.items()}
-
-
-def _base_model(path: Path) -> Facts:
-    facts = look_at(str(path))
-    return {
-        "kind": "base model",
-        "path": printable(facts.path),
-        "family": facts.spec.family,
-        "resolution": facts.resolution,
-        "prediction": facts.noise.prediction_type,
-        "context width": facts.spec.context_dim,
-        "parameters": facts.parameters | {"all": sum(facts.parameters.values())},
-        "dtype": {
-            part: _most_common(Counter(t.dtype for f in files for t in _tensors(f)))
-            for part, files in facts.files.items()
-        },
-        "files": [
-            f"{printable(file.relative_to(facts.path))} sha256 {sha256(file)}"
-            for files in facts.files.values()
-            for file in files
-        ],
-    }
-
-
-def _tensors(file: Path) -> list:
-    return list(read_header(file).tensors.values())
 
 
 def _checkpoint(path: Path) -> Facts:

@@ -109,6 +109,7 @@ def _describe(
     return [
         f"model    {facts.name}: {facts.spec.family}, {millions:.1f} M parameters, "
         f"{config.adapter.targets} at rank {config.adapter.rank}, alpha {config.adapter.alpha:g}",
+        *(f"         {note}" for note in facts.notes),
         f"images   {len(images.train)}: {shapes}; {len(images.validation)} held out",
         f"training {steps} steps{auto} of up to {seen} images, {epochs:.1f} epochs, "
         f"lr {config.train.lr:g} {config.train.schedule}",

@@ -1,15 +1,17 @@
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from eri.adapters import attach
 from eri.errors import ModelError
-from eri.formats.adapter_file import write_adapter
+from eri.formats.adapter_file import Dialect, write_adapter
 from eri.models import load_unet
 from eri.run.inspect import as_json, as_text, inspect_path
+from tests.families import single_file
 
 
 def test_an_adapter(finished: Path) -> None:
@@ -51,7 +53,8 @@ def test_a_base_model(sd15: Path) -> None:
     assert (facts["kind"], facts["family"], facts["resolution"]) == ("base model", "sd15", 64)
     assert facts["parameters"]["unet"] == sum(p.numel() for p in load_unet(sd15).parameters())
     assert facts["dtype"] == {"unet": "F32", "vae": "F32", "text_encoder": "F32"}
-    assert len(facts["files"]) == 3
+    assert len(facts["SHA-256"]) == 3
+    assert inspect_path(Path("demo"))["family"] == "sd15"
 
 
 def test_a_finished_run(finished: Path) -> None:
@@ -94,6 +97,27 @@ def test_what_it_is_not_is_said(tmp_path: Path, content: bytes, message: str) ->
         inspect_path(tmp_path / "absent")
 
 
+def test_a_lora_of_every_dialect_is_an_adapter(sd15_real: Path, tmp_path: Path) -> None:
+    pairs = attach(load_unet(sd15_real), rank=2).pairs()
+    for dialect in get_args(Dialect):
+        path = tmp_path / dialect
+        write_adapter(pairs, path, dialect=dialect, metadata={})
+        facts = inspect_path(path)
+        assert (facts["kind"], facts["format"], facts["modules"]) == ("adapter", dialect, 192)
+
+
+def test_tensors_of_a_lora_in_a_model_do_not_make_it_one(sd15_real: Path, tmp_path: Path) -> None:
+    extra = {"lora_unet_conv_in.lora_down.weight": torch.ones(2, 2)}
+    path = single_file(sd15_real, tmp_path / "model.safetensors", extra=extra)
+    assert inspect_path(path)["kind"] == "base model"
+
+
+def test_a_folder_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nothing that eri knows") as refused:
+        inspect_path(tmp_path)
+    assert "model_index.json" in str(refused.value.hint)
+
+
 def test_both_ways_of_telling_tell_everything(finished: Path) -> None:
     facts = inspect_path(finished / "disc.safetensors")
     assert json.loads(as_json(facts)) == facts
@@ -101,3 +125,19 @@ def test_both_ways_of_telling_tell_everything(finished: Path) -> None:
     text = as_text(facts)
     assert "rank: 2\n" in text
     assert "  ss_network_dim: 2" in text
+
+
+def test_text_is_made_for_reading() -> None:
+    facts = {"a": 100_000, "b": 12_345, "c": True, "d": ["x", "y"], "e": ["x" * 60, "y"], "f": {}}
+    assert as_text(facts | {"g": {"h": None}}).splitlines() == [
+        "a: 100,000",
+        "b: 12345",
+        "c: yes",
+        "d: x, y",
+        "e:",
+        f"  {'x' * 60}",
+        "  y",
+        "f:",
+        "g:",
+        "  h: None",
+    ]

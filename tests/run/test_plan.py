@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -37,6 +38,13 @@ def test_the_plan_says_where_auto_comes_from(
     assert any("500 steps (auto: 100 views" in line for line in planned.lines)
     # 4 images of one shape and 1 of another are 3 batches of at most 2
     assert any("of up to 4 images, 333.3 epochs" in line for line in planned.lines)
+
+
+def test_what_is_odd_about_the_model_is_told(config: Config, screen: Screen) -> None:
+    facts = replace(look_at(config.model.path), notes=("its tensors are odd",))
+    images = look_at_images(config, facts, screen.console, lambda: None)
+    lines = plan_run(config, facts, images).lines
+    assert lines[0].startswith("model ") and lines[1].strip() == "its tensors are odd"
 
 
 def test_without_prompts_the_held_out_captions_are_drawn(

@@ -1,0 +1,255 @@
+"""`eri inspect` of a base model, or of a file or folder with some of its parts.
+
+What is told comes from headers and configs; of the weights only the hashes are worked out.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eri.errors import ModelError
+from eri.files import sha256
+from eri.formats import diffusers_folder
+from eri.formats.checkpoint import VAE_SCALES, text_parts, unet_part, vae_part
+from eri.formats.foreign import refusal
+from eri.formats.parts import Piece, Pieces, TextPart, UNetPart, VAEPart
+from eri.formats.single_file import SingleFile, read_single_file
+from eri.formats.strict_json import read_object
+from eri.formats.unet_config import UNetConfigFields
+from eri.models.load import require_fit
+from eri.models.spec import build_spec
+from eri.models.unet import UNet
+from eri.printable import printable
+from eri.run.base import PURPOSES, TEXT_NAMES, BaseFacts, find_base
+
+__all__ = ["base_in_file", "base_in_folder"]
+
+Facts = dict[str, Any]
+Depths = tuple[tuple[int, ...], ...]
+
+UNKNOWN = "not told by the file"
+METADATA_SHOWN = 30  # entries of a header's metadata
+NAMES_SHOWN = 5
+THREE_LEVELS = (320, 640, 1280)
+FOUR_LEVELS = (320, 640, 1280, 1280)
+SDXL_DOWN: Depths = ((0, 0), (2, 2), (10, 10))
+SDXL_UP: Depths = ((10, 10, 10), (2, 2, 2), (0, 0, 0))
+SD_DOWN: Depths = ((1, 1), (1, 1), (1, 1), (0, 0))
+SD_UP: Depths = ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1))
+STRUCTURES = {  # widths, depths on the way down, in the middle and on the way up, context
+    (FOUR_LEVELS, SD_DOWN, 1, SD_UP, 768): "Stable Diffusion 1.x",
+    (FOUR_LEVELS, SD_DOWN, 1, SD_UP, 1024): "Stable Diffusion 2.x",
+    (THREE_LEVELS, SDXL_DOWN, 10, SDXL_UP, 2048): "Stable Diffusion XL",
+    (THREE_LEVELS, ((0, 0), (2, 2), (4, 4)), None, ((4, 4, 10), (2, 1, 1), (0, 0, 0)), 2048):
+        "Segmind SSD-1B",
+    (THREE_LEVELS, ((0, 0), (1, 1), (2, 2)), None, ((2, 2, 2), (1, 1, 1), (0, 0, 0)), 2048):
+        "Segmind Vega",
+}  # fmt: skip
+"""Published U-Nets; fine-tunes of one are built like it."""
+ENCODERS = {768: "CLIP-L", 1024: "OpenCLIP-H", 1280: "OpenCLIP-bigG"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The parts that lie at a path."""
+
+    path: Path
+    unet: UNetPart | None = None
+    vae: VAEPart | None = None
+    text: tuple[TextPart, ...] = ()
+
+    @property
+    def pieces(self) -> dict[str, Pieces]:
+        """The tensors of each part."""
+        parts: list[tuple[str, UNetPart | VAEPart | TextPart | None]] = [
+            ("unet", self.unet),
+            ("vae", self.vae),
+            *zip(TEXT_NAMES, self.text, strict=False),
+        ]
+        return {name: part.pieces for name, part in parts if part is not None}
+
+
+def base_in_file(file: SingleFile) -> Facts:
+    """What a file holds that is no adapter.
+
+    Raises:
+        ModelError: it is damaged, or neither a base model nor a part of one.
+    """
+    path = file.path
+    read_single_file(path)  # checks more than the header
+    if file.unet:
+        facts = _whole(find_base(str(path)))
+    elif file.vae or file.text:
+        found = Found(
+            path=path,
+            vae=vae_part(path) if file.vae else None,
+            text=text_parts(path) if file.text else (),
+        )
+        facts = _lone(found)
+    else:
+        raise refusal(path, file.header.tensors, "a base model, a part of one, or an adapter")
+    extra = {
+        "tensors of an averaged copy (EMA)": file.ema,
+        "unused tensors": len(file.unused),
+        "first unused tensors": [printable(name) for name in file.unused[:NAMES_SHOWN]],
+        "metadata": _metadata(file.header.metadata),
+    }
+    return facts | {name: value for name, value in extra.items() if value}
+
+
+def base_in_folder(path: Path) -> Facts:
+    """What a folder of diffusers holds: a whole model, or one part.
+
+    Raises:
+        ModelError: it is damaged, or something else.
+    """
+    if str(path) == "demo" or diffusers_folder.is_folder(path):
+        return _whole(find_base(str(path)))
+    config = read_object(path / "config.json")
+    kind = str(config.get("_class_name") or config.get("model_type"))
+    if kind == "UNet2DConditionModel":
+        found = Found(path=path, unet=unet_part(path))
+    elif kind == "AutoencoderKL":
+        found = Found(path=path, vae=vae_part(path))
+    elif kind == "clip_text_model":
+        found = Found(path=path, text=text_parts(path))
+    else:
+        raise ModelError(
+            f"this is the folder of a {printable(kind)}, which is no part of a model that eri "
+            "trains",
+            where=printable(path),
+            hint="a U-Net, a VAE or a CLIP text encoder can be looked at, or a whole model",
+        )
+    return _lone(found)
+
+
+def _whole(base: BaseFacts) -> Facts:
+    """A model with a U-Net."""
+    found = Found(path=base.path, unet=base.unet, vae=base.vae, text=base.text)
+    lacks = [f"{what}; {hint}" for what, hint in base.lacks]
+    return {
+        "kind": "base model" if base.vae or base.text else "U-Net",
+        "path": printable(base.path),
+        **_unet(base.unet, base.path),
+        "resolution": base.resolution,
+        **_prediction(base),
+        **_vae(base.vae),
+        **_common(found),
+        "to train with it": lacks or "nothing is missing",
+    }
+
+
+def _lone(found: Found) -> Facts:
+    """Parts that no U-Net of a whole model comes with."""
+    kinds = {"U-Net": found.unet, "VAE": found.vae, "text encoder": found.text}
+    use = {
+        "U-Net": "name the folder above this one in model:",
+        "VAE": "name it in model.vae, beside a model of its family",
+        "text encoder": "name it in model.text, beside a model of its family",
+    }
+    there = [kind for kind, part in kinds.items() if part]
+    return {
+        "kind": " and ".join(there),
+        "path": printable(found.path),
+        **({} if found.unet is None else _unet(found.unet, found.path)),
+        **_vae(found.vae),
+        **_common(found),
+        "to train with it": [use[kind] for kind in there],
+    }
+
+
+def _unet(unet: UNetPart, path: Path) -> Facts:
+    """Its structure, and that its tensors are those of such a net."""
+    fields = unet.fields
+    spec = build_spec(fields)
+    with torch.device("meta"):
+        require_fit(UNet(spec), unet.pieces, path)
+    purpose = "latents" if fields.in_channels == 4 else PURPOSES.get(fields.in_channels, "unknown")
+    return {
+        "family": spec.family,
+        "structure": _structure(fields),
+        "layout": "single file" if path.is_file() else "folder",
+        "names": unet.naming,
+        "input": f"{purpose}, {fields.in_channels} channels",
+        "context width": fields.context_dim,
+    }
+
+
+def _structure(fields: UNetConfigFields) -> str:
+    sizes = (
+        fields.block_channels,
+        fields.down_depths,
+        fields.mid_depth,
+        fields.up_depths,
+        fields.context_dim,
+    )
+    return STRUCTURES.get(sizes, "none of the published ones")
+
+
+def _prediction(base: BaseFacts) -> Facts:
+    if base.hint is None:
+        measured = f"{UNKNOWN}; measured before training"
+        return {"prediction": measured, "zero terminal SNR": measured}
+    zero = base.hint.zero_terminal_snr
+    return {
+        "prediction": base.hint.prediction,
+        "zero terminal SNR": f"{UNKNOWN}; measured before training" if zero is None else zero,
+        "told by": base.hint.why,
+    }
+
+
+def _vae(vae: VAEPart | None) -> Facts:
+    if vae is None:
+        return {}
+    sd, sdxl = VAE_SCALES["sd15"], VAE_SCALES["sdxl"]
+    unknown = f"{UNKNOWN}; {sd} in SD1.x and SD2.x, {sdxl} in SDXL"
+    return {"VAE scale": vae.config.get("scaling_factor", unknown)}
+
+
+def _common(found: Found) -> Facts:
+    """What is told of every part."""
+    parameters = {
+        part: sum(math.prod(piece.shape) for piece in pieces.values())
+        for part, pieces in found.pieces.items()
+    }
+    files = {piece.file for pieces in found.pieces.values() for piece in pieces.values()}
+    facts: Facts = {
+        "parts": list(found.pieces),
+        "parameters": parameters | {"all": sum(parameters.values())},
+        "dtype": {part: _dtypes(pieces.values()) for part, pieces in found.pieces.items()},
+        "SHA-256": {_shown(file, found.path): sha256(file) for file in sorted(files)},
+    }
+    if found.text:
+        facts["text encoders"] = [_encoder(part) for part in found.text]
+    return facts
+
+
+def _dtypes(pieces: Iterable[Piece]) -> str | dict[str, int]:
+    """The type of all tensors, else each with how many have it."""
+    stored = {(piece.file, piece.key): piece.dtype for piece in pieces}
+    counts = Counter(stored.values()).most_common()
+    return counts[0][0] if len(counts) == 1 else dict(counts)
+
+
+def _encoder(part: TextPart) -> str:
+    width, layers = part.config["hidden_size"], part.config["num_hidden_layers"]
+    name = ENCODERS.get(width, "CLIP")
+    return f"{name}: {layers} layers, {width} wide, {part.config['hidden_act']}"
+
+
+def _shown(file: Path, path: Path) -> str:
+    inside = file.is_relative_to(path) and file != path
+    return printable(file.relative_to(path) if inside else file.name)
+
+
+def _metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The first entries of a header's text, each fit to print."""
+    shown = list(metadata.items())[:METADATA_SHOWN]
+    found = {printable(key, limit=80): printable(value) for key, value in shown}
+    left_out = len(metadata) - len(shown)
+    return found | ({"…": f"and {left_out} more"} if left_out else {})
