@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 
 from tests.families import save_sd21, save_sdxl
-from tests.truth import TIMESTEPS, Deltas, Settings, difference, timesteps, train_here, train_there
+from tests.truth import (
+    BATCH,
+    TIMESTEPS,
+    Deltas,
+    Settings,
+    difference,
+    timesteps,
+    train_here,
+    train_there,
+)
 
 STEPS, FEW = 50, 5  # a wrong setting shows after a few
 V = Settings(prediction="v_prediction")
@@ -73,4 +82,4 @@ def test_the_comparison_notices(trained: Trained, change: dict[str, Any]) -> Non
 
 def test_zero_snr_is_trained_where_nothing_is_left_of_the_image() -> None:
     seed = CASES["sdxl v zero SNR"][1].seed
-    assert TIMESTEPS - 1 in [t for step in range(STEPS) for t in timesteps(seed, step)]
+    assert TIMESTEPS - 1 in timesteps(seed, range(BATCH * STEPS))

@@ -4,7 +4,7 @@ Both loops begin with the same down matrices and see the same samples, noises an
 from these and from the names of the modules they share nothing.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from eri.run.objective import Objective, Sample, SampleBatch
 from eri.train import OPTIMIZERS, TrainState, update
 
 SHAPE = (4, 16, 8)  # smaller ones leave the norms of the deepest level a few numbers to divide by
-RANK = 4
+RANK, ALPHA = 4, 2.0
 BATCH = 2
 TIMESTEPS = 1000
 
@@ -51,8 +51,8 @@ class Settings:
 def train_here(folder: Path, settings: Settings, steps: Collection[int]) -> dict[int, Deltas]:
     """The updates after each of some numbers of steps."""
     unet = load_unet(folder)
-    data = _samples(unet.spec)
-    adapter = attach(unet, rank=RANK, alpha=RANK / 2)
+    batches = random_batches(unet.spec, max(steps))
+    adapter = attach(unet, rank=RANK, alpha=ALPHA)
     parameters = dict(adapter.named_parameters())
     optimizer = OPTIMIZERS["adamw"](parameters.values(), settings.lr, settings.weight_decay)
     state = TrainState(0, parameters, optimizer, GradScaler("cpu", enabled=False))
@@ -61,27 +61,32 @@ def train_here(folder: Path, settings: Settings, steps: Collection[int]) -> dict
     )
     loss = Objective(unet, schedule, seed=settings.seed, drops=False)
     found = {}
-    for step in range(max(steps)):
-        numbers = _numbers(step)
-        batch = SampleBatch([data[n % len(data)] for n in numbers], numbers)
+    for step, batch in enumerate(batches, 1):
         seen = update(state, loss, [batch], settings.max_grad_norm)
         assert settings.max_grad_norm is None or seen.grad_norm > settings.max_grad_norm
-        if step + 1 in steps:
+        if step in steps:
             layers = adapter.layers.items()
-            found[step + 1] = {to_diffusers(n): layer.delta().detach() for n, layer in layers}
+            found[step] = {to_diffusers(n): layer.delta().detach() for n, layer in layers}
     return found
 
 
-def train_there(folder: Path, settings: Settings, steps: int) -> Deltas:
-    """The same, as diffusers' own training scripts do it."""
+def train_there(folder: Path, settings: Settings, batches: int | Sequence[SampleBatch]) -> Deltas:
+    """The same, as diffusers' own training scripts do it.
+
+    Args:
+        folder: of the base model.
+        settings: as for `train_here`.
+        batches: of each step; a number stands for so many of those that `train_here` takes.
+    """
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from peft import LoraConfig
 
     ours = load_unet(folder)
-    data = _samples(ours.spec)
+    if isinstance(batches, int):
+        batches = random_batches(ours.spec, batches)
     start = {to_diffusers(n): layer for n, layer in attach(ours, rank=RANK).layers.items()}
     unet = UNet2DConditionModel.from_pretrained(folder / "unet").requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK / 2, target_modules=list(start)))
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(start)))
     layers = {name: unet.get_submodule(name) for name in start}
     for name, layer in layers.items():
         layer.lora_A.default.weight.data.copy_(start[name].lora_a.weight)
@@ -94,13 +99,10 @@ def train_there(folder: Path, settings: Settings, steps: int) -> Deltas:
     )
     trained = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
-    for step in range(steps):
-        chosen = [data[n % len(data)] for n in _numbers(step)]
-        latents = torch.stack([sample.mean for sample in chosen])
-        noise = normal(SHAPE, settings.seed, "noise", samples=_numbers(step))
-        t = torch.stack(list(timesteps(settings.seed, step))) + settings.later
-        t = t.clamp(0, TIMESTEPS - 1)
-        said = unet(schedule.add_noise(latents, noise, t), t, **_told(chosen, settings)).sample
+    for batch in batches:
+        latents, noise, t = _drawn(batch, settings)
+        told = _told(batch.samples, settings)
+        said = unet(schedule.add_noise(latents, noise, t), t, **told).sample
         targets = {"epsilon": noise, "v_prediction": schedule.get_velocity(latents, noise, t)}
         optimizer.zero_grad()
         F.mse_loss(said, targets[settings.prediction]).backward()
@@ -118,32 +120,39 @@ def difference(mine: Deltas, theirs: Deltas) -> float:
     return float((torch.as_tensor(between) / size).sqrt())
 
 
-def timesteps(seed: int, step: int) -> Iterator[Tensor]:
-    """Those of the samples of a step."""
-    for number in _numbers(step):
-        yield torch.randint(TIMESTEPS, (), generator=generator(seed, "timestep", sample=number))
+def timesteps(seed: int, numbers: Iterable[int]) -> list[Tensor]:
+    """Those of the samples with some numbers."""
+    draws = [generator(seed, "timestep", sample=number) for number in numbers]
+    return [torch.randint(TIMESTEPS, (), generator=draw) for draw in draws]
 
 
-def _numbers(step: int) -> range:
-    return range(BATCH * step, BATCH * (step + 1))
-
-
-def _samples(spec: UNetSpec) -> list[Sample]:
-    """Random ones; those of SDXL differ in every size id, and no two ids are equal."""
+def random_batches(spec: UNetSpec, steps: int) -> list[SampleBatch]:
+    """Six random samples over and over; their size ids all differ."""
     torch.manual_seed(0)
-    return [_sample(spec, number) for number in range(6)]
+    samples = [_sample(spec, number) for number in range(6)]
+    numbers = [range(BATCH * step, BATCH * (step + 1)) for step in range(steps)]
+    return [SampleBatch([samples[n % 6] for n in some], some) for some in numbers]
 
 
 def _sample(spec: UNetSpec, number: int) -> Sample:
-    latent, context = torch.randn(SHAPE), torch.randn(7, spec.context_dim)
+    latent, std, context = torch.randn(SHAPE), torch.rand(SHAPE), torch.randn(7, spec.context_dim)
     if spec.pooled_dim is None:
-        return Sample(str(number), latent, torch.zeros(SHAPE), context)
+        return Sample(str(number), latent, std, context)
     sizes = torch.tensor([900.0, 1300, 17, 130, 768, 1152]) + 50 * number
-    pooled = torch.randn(spec.pooled_dim)
-    return Sample(str(number), latent, torch.zeros(SHAPE), context, pooled, sizes)
+    return Sample(str(number), latent, std, context, torch.randn(spec.pooled_dim), sizes)
 
 
-def _told(chosen: list[Sample], settings: Settings) -> dict[str, Any]:
+def _drawn(batch: SampleBatch, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, noises and timesteps of a batch."""
+    shape = tuple(batch.samples[0].mean.shape)
+    mean, std = (torch.stack([getattr(s, name) for s in batch.samples]) for name in ("mean", "std"))
+    latents = mean + std * normal(shape, settings.seed, "latent", samples=batch.numbers)
+    noise = normal(shape, settings.seed, "noise", samples=batch.numbers)
+    t = torch.stack(timesteps(settings.seed, batch.numbers)) + settings.later
+    return latents, noise, t.clamp(0, TIMESTEPS - 1)
+
+
+def _told(chosen: Sequence[Sample], settings: Settings) -> dict[str, Any]:
     """The conditions of some samples as diffusers' net takes them."""
     context = {"encoder_hidden_states": torch.stack([sample.context for sample in chosen])}
     pooled = [sample.pooled for sample in chosen if sample.pooled is not None]
