@@ -108,6 +108,22 @@ def test_a_net_that_is_not_whole_is_refused(sd15_real: Path, missing: str) -> No
         told({})
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "what"),
+    [
+        ("down.3.layers.0.resnet.conv1.weight", (48, 64, 3, 3), "width 48 cannot have 32 groups"),
+        ("conv_in.weight", (32, 0, 3, 3), r"conv_in\.weight is \[32, 0, 3, 3\]"),
+        ("conv_out.weight", (4,), r"conv_out\.weight is \[4\]"),
+    ],
+)
+def test_sizes_that_no_net_has_are_refused(
+    sd15_real: Path, name: str, shape: tuple[int, ...], what: str
+) -> None:
+    shapes, _ = known(sd15_real)
+    with pytest.raises(ModelError, match=what):
+        told(dict(shapes) | {name: shape})
+
+
 def test_any_shapes_make_a_spec_or_are_refused(family: tuple[Shapes, UNetConfigFields]) -> None:
     """Damaged headers never end in an error of ours."""
     shapes, _ = family
