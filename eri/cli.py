@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from eri import __version__
-from eri.config import load_config
+from eri.config import ModelSource, load_config
 from eri.errors import ConfigError, EriError, Stopped
 from eri.printable import printable
 
@@ -124,7 +124,9 @@ def inspect(
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(help="A run, or a base model: demo, or a folder.")],
+    model: Annotated[
+        str, typer.Argument(help="A run, or a base model: demo, a file, a folder or a hub id.")
+    ],
     *,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; repeatable.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")],
@@ -140,13 +142,25 @@ def sample(
     size: Annotated[
         int | None, typer.Option(min=64, help="Side in pixels; the model's own.")
     ] = None,
+    vae: Annotated[str | None, typer.Option(help="Another VAE for the base model.")] = None,
+    text: Annotated[str | None, typer.Option(help="A model whose text encoders are used.")] = None,
+    prediction: Annotated[
+        Literal["auto", "epsilon", "v"], typer.Option(help="What the base model predicts.")
+    ] = "auto",
+    zero_terminal_snr: Annotated[
+        Literal["auto", "yes", "no"], typer.Option(help="Whether its last timestep is pure noise.")
+    ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
     """Draw pictures with a base model, with or without an adapter."""
+    zero_snr = {"auto": "auto", "yes": True, "no": False}[zero_terminal_snr]
+    base_model = _base_model(
+        path=model, vae=vae, text=text, prediction=prediction, zero_terminal_snr=zero_snr
+    )
     from eri.run.sample import Drawing, draw
 
     drawing = Drawing(
-        model=model,
+        model=base_model,
         adapter=adapter,
         strength=strength,
         prompts=tuple(prompt),
@@ -189,6 +203,15 @@ def main() -> NoReturn:
         sys.exit(130)
     except EriError as error:
         _fail(error, debug)
+
+
+def _base_model(**fields: object) -> ModelSource:
+    try:
+        return ModelSource.model_validate(fields)
+    except ValueError as error:  # only a path can be wrong, such as an empty one
+        raise ConfigError(
+            f"{fields['path']!r} is no path of a model", hint="demo, a file, a folder or a hub id"
+        ) from error
 
 
 def _as_config_error(error: Exception) -> ConfigError:

@@ -14,7 +14,7 @@ import torch
 __all__ = ["Purpose", "generator", "normal"]
 
 Purpose = Literal[
-    "init", "order", "timestep", "latent", "noise", "dropout", "preview", "validation"
+    "init", "order", "timestep", "latent", "noise", "dropout", "preview", "validation", "probe"
 ]
 
 

@@ -31,6 +31,7 @@ SURFACE = {
     "inspect": {"--json"},
     "sample": {
         *("--prompt", "--output", "--adapter", "--strength", "--negative", "--sampler"),
+        *("--vae", "--text", "--prediction", "--zero-terminal-snr"),
         *("--steps", "--guidance", "--seed", "--size", "--overwrite"),
     },
     "doctor": set(),
@@ -74,6 +75,7 @@ def test_version() -> None:
         (["train", "absent.yaml"], "cannot be read"),
         (["export-lora", "a", "-o", "b", "--format", "zip"], "'zip' is not one of"),
         (["sample", "demo", "-p", "x", "-o", "y", "--steps", "0"], "--steps"),
+        (["sample", "", "-p", "x", "-o", "y"], "no path of a model"),
     ],
 )
 def test_a_refused_command_line_is_one_error_and_one_hint(

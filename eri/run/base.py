@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from eri.config import ModelSource
-from eri.diffusion import NoiseSchedule
 from eri.errors import ModelError
 from eri.files import sha256
 from eri.formats import diffusers_folder
@@ -19,7 +18,7 @@ from eri.formats.checkpoint import text_parts, unet_part, vae_part
 from eri.formats.parts import Pieces, TextPart, UNetPart, VAEPart
 from eri.formats.prediction_hints import Hint, file_hint, folder_hint
 from eri.formats.single_file import read_single_file
-from eri.models.load import load_unet
+from eri.models.load import load_unet, require_fit
 from eri.models.spec import build_spec
 from eri.models.text import TextEncoder, load_text
 from eri.models.unet import UNet, UNetSpec
@@ -120,7 +119,6 @@ class Base:
     unet: UNet
     vae: VAE
     text: TextEncoder
-    schedule: NoiseSchedule
 
 
 Say = Callable[[str], None]
@@ -150,6 +148,8 @@ def look_at(model: ModelSource | str, say: Say = _silent) -> BaseFacts:
             hint=hint,
             problems=[f"{line}: {hint}" for line, hint in facts.lacks[1:]],
         )
+    with torch.device("meta"):
+        require_fit(UNet(facts.spec), facts.unet.pieces, facts.path)
     return facts
 
 
@@ -194,13 +194,6 @@ def load_base(facts: BaseFacts, *, dtype: torch.dtype, device: torch.device) -> 
             clip_skip=facts.source.clip_skip,
             joined=facts.source.windows,
         ),
-        schedule=NoiseSchedule(
-            beta_start=facts.noise.beta_start,
-            beta_end=facts.noise.beta_end,
-            beta_schedule=facts.noise.beta_schedule,
-            timesteps=facts.noise.num_train_timesteps,
-            prediction=facts.noise.prediction_type,
-        ),
     )
 
 
@@ -219,7 +212,13 @@ def _find(model: str, say: Say) -> tuple[Path, str]:
         )
     hub_id = None if path.exists() else hub.parse(model)
     if hub_id is not None:
-        return hub.download(hub_id, say), hub_id.name
+        try:
+            return hub.download(hub_id, say), hub_id.name
+        except ModelError as error:
+            also = f"and here is no such file or folder: {printable(path)}"
+            raise ModelError(
+                error.what, where=error.where, hint=error.hint, problems=[*error.problems, also]
+            ) from error
     raise ModelError(
         "no such model",
         where=printable(path),
@@ -274,7 +273,7 @@ def _lacks(facts: BaseFacts) -> Iterator[tuple[str, str]]:
         )
     if facts.vae is None:
         yield (
-            "the model has no VAE",
+            f"{facts.vae_path.name} has no VAE" if facts.source.vae else "the model has no VAE",
             "name one in model.vae: the folder or file of a model of the same family",
         )
     wanted = 2 if spec.family == "sdxl" else 1

@@ -11,6 +11,7 @@ from eri.errors import ConfigError
 from eri.run.base import BaseFacts
 from eri.run.dataset import Images
 from eri.run.device import choose_device, choose_dtype
+from eri.run.prediction import Choice, choose
 from eri.train import Plan
 
 __all__ = ["RunPlan", "auto_steps", "plan_run"]
@@ -25,6 +26,7 @@ class RunPlan:
     """The decisions of a run."""
 
     loop: Plan
+    choice: Choice  # what the base model is taken for, as far as settings and files say
     device: torch.device
     dtype: torch.dtype
     prompts: tuple[str, ...]  # of the previews
@@ -48,6 +50,7 @@ def plan_run(config: Config, facts: BaseFacts, images: Images) -> RunPlan:
     Raises:
         ConfigError: settings that this machine or this model cannot follow.
     """
+    choice = choose(config.model, facts.hint)
     device = choose_device()
     if config.train.backend == "cuda":
         raise ConfigError(
@@ -78,6 +81,7 @@ def plan_run(config: Config, facts: BaseFacts, images: Images) -> RunPlan:
             sample_every=config.sample.every,
             save_every=config.save.every,
         ),
+        choice=choice,
         device=device,
         dtype=dtype,
         prompts=config.sample.prompts or _captions(images),
@@ -85,6 +89,7 @@ def plan_run(config: Config, facts: BaseFacts, images: Images) -> RunPlan:
         batches=batches,
         lines=(
             *_describe(config, facts, images, batches, steps),
+            choice.line,
             f"device   {device.type}, {str(dtype).removeprefix('torch.')}",
         ),
     )

@@ -4,16 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eri.adapters import load_adapter
-from eri.config import load_config
+from eri.config import ModelSource, load_config
 from eri.diffusion import Sampler
 from eri.errors import ConfigError
+from eri.formats.header import read_header
+from eri.formats.prediction_hints import file_hint
 from eri.printable import printable
 from eri.run.adapter_files import CONFIG, find_adapter
-from eri.run.base import load_base, look_at
+from eri.run.base import BaseFacts, load_base, look_at
 from eri.run.conditions import guide
 from eri.run.device import choose_device, choose_dtype
 from eri.run.export import refuse_existing
 from eri.run.memory import memory_errors
+from eri.run.prediction import Choice, choose, schedule_of
 from eri.run.preview import Painter, save_png
 from eri.run.sheet import contact_sheet
 
@@ -24,7 +27,7 @@ __all__ = ["Drawing", "draw"]
 class Drawing:
     """What to draw, and with what."""
 
-    model: str  # a base model, or a run, whose model and adapter are used
+    model: ModelSource  # a base model, or a run, whose model and adapter are used
     adapter: Path | None  # a file; None: the run's own, or none
     strength: float  # of the adapter
     prompts: tuple[str, ...]
@@ -49,6 +52,7 @@ def draw(drawing: Drawing, output: Path, *, overwrite: bool = False) -> str:
     refuse_existing(output, overwrite)
     model, adapter = _model_and_adapter(drawing)
     facts = look_at(model)
+    choice = _choice(facts, adapter)
     size = drawing.size or facts.resolution
     if size % facts.step:
         raise ConfigError(
@@ -63,7 +67,7 @@ def draw(drawing: Drawing, output: Path, *, overwrite: bool = False) -> str:
         painter = Painter(
             unet=base.unet,
             vae=base.vae,
-            schedule=base.schedule,
+            schedule=schedule_of(facts.noise, choice),
             sampler=drawing.sampler,
             steps=drawing.steps,
             guidance=drawing.guidance,
@@ -76,12 +80,23 @@ def draw(drawing: Drawing, output: Path, *, overwrite: bool = False) -> str:
     one = len(pictures) == 1
     save_png(pictures[0] if one else contact_sheet([("", pictures)], drawing.prompts), output)
     count = "1 picture" if one else f"{len(pictures)} pictures"
-    return f"{printable(output)}: {count} of {size}x{size}"
+    taken = choice.line
+    if not choice.settled:
+        taken = f"{taken}; taken for {choice.prediction}, --prediction sets it"
+    return f"{printable(output)}: {count} of {size}x{size}\n{taken}"
 
 
-def _model_and_adapter(drawing: Drawing) -> tuple[str, Path | None]:
-    run = Path(drawing.model)
+def _model_and_adapter(drawing: Drawing) -> tuple[ModelSource, Path | None]:
+    run = Path(drawing.model.path)
     if not (run / CONFIG).is_file():
         return drawing.model, drawing.adapter
     config = load_config(run / CONFIG)
-    return config.model.path, drawing.adapter or find_adapter(run)
+    return config.model, drawing.adapter or find_adapter(run)
+
+
+def _choice(facts: BaseFacts, adapter: Path | None) -> Choice:
+    """What the model is taken for: what is set, what its files say, what its adapter says."""
+    hint = facts.hint
+    if hint is None and adapter is not None and adapter.is_file():
+        hint = file_hint(read_header(adapter), adapter)
+    return choose(facts.source, hint)

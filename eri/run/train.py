@@ -1,7 +1,7 @@
 """`eri train`: a config to a finished adapter, and on from wherever an earlier try got to."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -9,8 +9,10 @@ import torch
 from rich.console import Console
 
 from eri.config import Config, dump_config, trajectory
+from eri.diffusion import NoiseSchedule
 from eri.files import atomic_write, disk_errors, require_space
 from eri.formats.metadata import adapter_metadata, data_metadata
+from eri.models.unet import UNet
 from eri.run import checkpoints
 from eri.run.adapter_files import CONFIG, finished_adapter, is_finished, shapes_of, write_verified
 from eri.run.base import BaseFacts, look_at
@@ -18,9 +20,10 @@ from eri.run.dataset import Encoder, Images, look_at_images
 from eri.run.device import unusable_card
 from eri.run.folder import claim, own
 from eri.run.memory import memory_errors
-from eri.run.objective import SampleBatch
+from eri.run.objective import Sample, SampleBatch
 from eri.run.parts import Parts, build
 from eri.run.plan import RunPlan, plan_run
+from eri.run.prediction import Choice, Subjects, recorded, schedule_of, settle
 from eri.run.stop import StopSignals
 from eri.run.validation import Validation
 from eri.train import Log, cut, say
@@ -28,6 +31,7 @@ from eri.train import train as train_loop
 
 __all__ = ["train"]
 
+PATHS = ("path", "model.vae", "model.text")  # keys, by their ends
 BYTES_OF_A_STATE = 12  # of a trained number: itself and AdamW's two moments, in float32
 
 
@@ -57,7 +61,7 @@ def train(
         say(console, "warning: {}\nhint: {}".format(*unusable))
     with StopSignals() as stop, disk_errors(config.output), memory_errors():
         config = claim(config, restart)
-        facts = look_at(config.model.path)
+        facts = look_at(config.model, lambda line: say(console, line))
         with nullcontext() if dry_run else own(config.output):
             images = look_at_images(config, facts, console, stop.raise_if_stopped)
             run = _Run(config, console, facts, images, plan_run(config, facts, images))
@@ -70,7 +74,12 @@ class _Run:
     """One session of work on a run folder, which the caller has locked."""
 
     def __init__(
-        self, config: Config, console: Console, facts: BaseFacts, images: Images, plan: RunPlan
+        self,
+        config: Config,
+        console: Console,
+        facts: BaseFacts,
+        images: Images,
+        plan: RunPlan,
     ) -> None:
         self.config = config
         self.folder = config.output
@@ -78,6 +87,8 @@ class _Run:
         self.facts = facts
         self.images = images
         self.plan = plan
+        self.choice = plan.choice
+        self.resumed = False
         self.layers = shapes_of(facts.spec)
         self.identity = _identity(config, facts, images, plan)
 
@@ -94,8 +105,15 @@ class _Run:
         self.say("\n".join(self.plan.lines))
         checkpoint = checkpoints.newest(self.folder, self.say)
         if checkpoint is not None:
+            self.resumed = True
+            self._take(recorded(self.choice, checkpoint.identity))
             checkpoints.refuse_changes(checkpoint, self.identity, allow_change)
         return checkpoint
+
+    def _take(self, choice: Choice) -> None:
+        """Take the base model for this from now on."""
+        self.choice = choice
+        self.identity |= choice.identity
 
     def go(self, checkpoint: checkpoints.Checkpoint | None, stop: StopSignals) -> bool:
         """Train until the end or until asked to stop.
@@ -107,10 +125,11 @@ class _Run:
             self._tell_finished()
             return True
         checkpoints.set_aside(self.folder, checkpoint)
-        with atomic_write(self.folder / CONFIG) as file:
-            file.write(dump_config(_resolved(self.config, self.plan)).encode())
+        self._write_config()
         encoder = Encoder(self.console, stop.raise_if_stopped)
-        parts = build(self.config, self.plan, self.facts, self.images, encoder)
+        parts = build(self.config, self.plan, self.facts, self.images, encoder, settle=self._settle)
+        if parts.base.text.clip_skip_note:
+            self.say(f"note: {parts.base.text.clip_skip_note}")
         size = sum(p.numel() for p in parts.adapter.parameters()) * BYTES_OF_A_STATE
         require_space(self.folder, size * (self.config.save.keep + 1))
         if checkpoint is not None:
@@ -122,6 +141,26 @@ class _Run:
             where = f"step {parts.state.step} of {self.plan.loop.steps}"
             self.say(f"stopped at {where}; eri train {self.folder / CONFIG} goes on from there")
         return finished
+
+    def _write_config(self) -> None:
+        """Write the settings, and what was measured of the model once it is known."""
+        with atomic_write(self.folder / CONFIG) as file:
+            file.write(dump_config(_resolved(self.config, self.plan, self.choice)).encode())
+
+    def _settle(self, unet: UNet, samples: Sequence[Sample]) -> NoiseSchedule:
+        """What the base model was trained for: remembered, or measured when the run begins."""
+        if not (self.resumed and self.choice.settled):
+            found = settle(
+                self.choice,
+                Subjects(unet, samples),
+                self.facts.noise,
+                at_once=self.config.train.batch_size,
+                where=self.facts.path,
+                say=self.say,
+            )
+            self._take(found)
+            self._write_config()
+        return schedule_of(self.facts.noise, self.choice)
 
     def _train(self, parts: Parts, stop: Callable[[], bool]) -> None:
         state = parts.state
@@ -200,7 +239,11 @@ class _Run:
             name=finished_adapter(self.folder).stem,
             steps=step,
             resolution=self.images.train.resolution,
-            prediction=self.facts.noise.prediction_type,
+            prediction=self.choice.prediction,
+            zero_terminal_snr=self.choice.zero_terminal_snr,
+            base=self.facts.name,
+            clip_skip=self.config.model.clip_skip,
+            trigger_phrase=self.config.save.trigger_phrase,
         )
         if self.config.save.metadata == "full":
             metadata |= data_metadata(self.config.model.path, self._captions())
@@ -219,11 +262,17 @@ class _Run:
         self.say("hint: a larger train.steps trains on; --restart begins anew beside it")
 
 
-def _resolved(config: Config, plan: RunPlan) -> Config:
+def _resolved(config: Config, plan: RunPlan, choice: Choice) -> Config:
     """The settings with every path and number worked out, so that they mean the same anywhere."""
-    model = config.model
-    if model.path != "demo":
-        model = model.model_copy(update={"path": str(Path(model.path).absolute())})
+    model = choice.settings(config.model)
+    named = {name: getattr(model, name) for name in ("path", "vae", "text")}
+    model = model.model_copy(
+        update={
+            name: str(Path(path).absolute())
+            for name, path in named.items()
+            if path is not None and path != "demo" and Path(path).exists()  # else a hub id
+        }
+    )
     data = tuple(
         source.model_copy(
             update={
@@ -245,12 +294,16 @@ def _resolved(config: Config, plan: RunPlan) -> Config:
 def _identity(config: Config, facts: BaseFacts, images: Images, plan: RunPlan) -> dict[str, object]:
     """What made the numbers of a run: its settings, its model and its images."""
     # where the model and the images lie does not matter: their content is in here
-    settings = {k: v for k, v in trajectory(config).items() if not k.endswith("path")}
-    identity = settings | {
-        "model": " ".join(f"{part} {digest}" for part, digest in facts.hashes.items()),
-        "images": images.train.fingerprint,
-        "train.precision": str(plan.dtype).removeprefix("torch."),
-    }
+    settings = {k: v for k, v in trajectory(config).items() if not k.endswith(PATHS)}
+    identity = (
+        settings
+        | plan.choice.identity
+        | {
+            "model": " ".join(f"{part} {digest}" for part, digest in facts.hashes.items()),
+            "images": images.train.fingerprint,
+            "train.precision": str(plan.dtype).removeprefix("torch."),
+        }
+    )
     if config.train.schedule != "constant":
         identity["train.steps"] = plan.loop.steps  # the rate of every step depends on the last
     return json.loads(json.dumps(identity))

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from eri.config import ModelSource
 from eri.errors import ModelError
@@ -97,6 +98,25 @@ def test_text_encoders_of_another_family_are_refused(sdxl: Path, sd21: Path) -> 
 def test_text_encoders_of_other_widths_are_refused(sd15: Path, sd21: Path) -> None:
     with pytest.raises(ModelError, match="is 32 wide, and the U-Net takes states of 64"):
         look_at(ModelSource(path=str(sd21), text=str(sd15)))
+
+
+def test_a_file_named_for_its_vae_must_have_one(sdxl: Path, tmp_path: Path) -> None:
+    alone = single_file(sdxl, tmp_path / "unet.safetensors", without=["vae", "text"])
+    with pytest.raises(ModelError, match=r"unet\.safetensors has no VAE"):
+        look_at(ModelSource(path=str(sdxl), vae=str(alone)))
+
+
+def test_tensors_that_do_not_fit_are_found_before_any_weight_is_read(
+    sd15: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(sd15, tmp_path / "model")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["conv_in.bias"]
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match="1 tensors do not fit the model") as refused:
+        look_at(str(folder))
+    assert refused.value.problems == ("missing: conv_in.bias [32]",)
 
 
 def test_a_unet_with_more_inputs_is_found_but_not_trained(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from eri.run.dataset import Encoder, look_at_images
 from eri.run.objective import SampleBatch, validate
 from eri.run.parts import Parts, build
 from eri.run.plan import plan_run
+from eri.run.prediction import schedule_of
 from tests.run.conftest import Screen
 
 
@@ -19,7 +20,9 @@ def built(screen: Screen) -> Callable[[Config], Parts]:
         facts = look_at(config.model.path)
         images = look_at_images(config, facts, screen.console, lambda: None)
         plan = plan_run(config, facts, images)
-        return build(config, plan, facts, images, Encoder(screen.console, lambda: None))
+        encoder = Encoder(screen.console, lambda: None)
+        schedule = schedule_of(facts.noise, plan.choice)
+        return build(config, plan, facts, images, encoder, settle=lambda *asked: schedule)
 
     return build_for
 

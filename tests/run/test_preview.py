@@ -23,7 +23,7 @@ def painter(sd15: Path) -> Painter:
     return Painter(
         unet=base.unet,
         vae=base.vae,
-        schedule=base.schedule,
+        schedule=NoiseSchedule(),
         sampler="euler",
         steps=2,
         guidance=3.0,

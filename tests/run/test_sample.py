@@ -4,14 +4,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from eri.adapters import attach
+from eri.config import ModelSource
 from eri.errors import ConfigError, OccupiedError
+from eri.formats.adapter_file import write_adapter
+from eri.models import load_unet
 from eri.run.sample import Drawing, draw
+from tests.families import single_file
 
 
 @pytest.fixture
 def drawing(sd15: Path) -> Drawing:
     return Drawing(
-        model=str(sd15),
+        model=ModelSource(path=str(sd15)),
         adapter=None,
         strength=1.0,
         prompts=("a red disc",),
@@ -37,12 +42,13 @@ def size_of(path: Path) -> tuple[int, int]:
 
 def test_one_prompt_is_one_picture_of_the_models_size(drawing: Drawing, tmp_path: Path) -> None:
     path = tmp_path / "out" / "disc.png"
-    assert draw(drawing, path).endswith("1 picture of 64x64")
+    said = draw(drawing, path)
+    assert "1 picture of 64x64\nprediction epsilon: its scheduler_config.json" in said
     assert size_of(path) == (64, 64)
 
 
 def test_sdxl_draws_what_it_is_asked_for(drawing: Drawing, sdxl: Path, tmp_path: Path) -> None:
-    drawing = replace(drawing, model=str(sdxl))
+    drawing = replace(drawing, model=ModelSource(path=str(sdxl)))
     plain = drawn(drawing, tmp_path / "plain.png")
     assert plain == drawn(drawing, tmp_path / "again.png")
     assert plain != drawn(replace(drawing, prompts=("a blue star",)), tmp_path / "prompt.png")
@@ -71,7 +77,7 @@ def test_a_run_brings_its_model_and_its_adapter(
     drawing: Drawing, finished: Path, tmp_path: Path
 ) -> None:
     plain = drawn(drawing, tmp_path / "plain.png")
-    of_run = drawn(replace(drawing, model=str(finished)), tmp_path / "run.png")
+    of_run = drawn(replace(drawing, model=ModelSource(path=str(finished))), tmp_path / "run.png")
     by_file = replace(drawing, adapter=finished / "disc.safetensors")
     assert of_run == drawn(by_file, tmp_path / "file.png")
     assert of_run != plain
@@ -96,3 +102,25 @@ def test_an_existing_picture_is_kept(drawing: Drawing, tmp_path: Path) -> None:
     with pytest.raises(OccupiedError):
         draw(drawing, path)
     assert path.read_text() == "precious"
+
+
+def test_a_v_model_is_drawn_as_one(drawing: Drawing, sd21: Path, tmp_path: Path) -> None:
+    """Its folder says v; a single file says nothing, so it is set, or its adapter tells."""
+    folder = replace(drawing, model=ModelSource(path=str(sd21)))
+    assert "prediction v: its scheduler_config.json" in draw(folder, tmp_path / "folder.png")
+    path = single_file(sd21, tmp_path / "model.safetensors")
+    told = replace(drawing, model=ModelSource(path=str(path), prediction="v"))
+    untold = replace(drawing, model=ModelSource(path=str(path)))
+    said = draw(untold, tmp_path / "untold.png")
+    assert "taken for epsilon, --prediction sets it" in said
+    assert drawn(told, tmp_path / "told.png") != drawn(untold, tmp_path / "untold.png")
+
+    adapter = tmp_path / "adapter.safetensors"
+    unet = load_unet(path)
+    pairs = attach(unet, rank=1).pairs()
+    write_adapter(pairs, adapter, dialect="kohya", metadata={"modelspec.prediction_type": "v"})
+    adapted = replace(untold, adapter=adapter)
+    assert "prediction v: the file's modelspec.prediction_type" in draw(
+        adapted, tmp_path / "adapted.png"
+    )
+    assert drawn(adapted, tmp_path / "again.png") == drawn(told, tmp_path / "told.png")

@@ -291,7 +291,7 @@ def test_nothing_is_loaded_before_images_and_model_are_known_to_be_there(
     with pytest.raises(DataError, match="2 of 5") as refused:
         train(config, screen.console)
     assert len(refused.value.problems) == 2
-    missing = config.model.model_copy(update={"path": "not/there"})
+    missing = config.model.model_copy(update={"path": "not/there/at/all"})
     with pytest.raises(ModelError, match="no such model"):  # before the images
         train(change(config, model=missing), screen.console)
 
