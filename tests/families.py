@@ -90,15 +90,20 @@ def save_sd21(folder: Path, **unet: Any) -> Path:
     return _save_index(folder, "StableDiffusionPipeline", "DDIMScheduler")
 
 
-def save_sdxl(folder: Path, **unet: Any) -> Path:
-    """SDXL base: three levels, the first without attention, and two text encoders."""
+def save_sdxl(folder: Path, *, second_width: int = WIDTH, **unet: Any) -> Path:
+    """SDXL base: three levels, the first without attention, and two text encoders.
+
+    diffusers' reader of single files tells the encoders by their widths, so it needs a
+    `second_width` other than the first.
+    """
     from diffusers import EulerDiscreteScheduler
 
     torch.manual_seed(10)
-    _save_unet(folder, SDXL_UNET | unet)
+    _save_unet(folder, SDXL_UNET | {"cross_attention_dim": WIDTH + second_width} | unet)
     _save_vae(folder, scaling_factor=0.13025, force_upcast=True)
     _save_text(folder / "text_encoder", hidden_act="quick_gelu")
-    _save_text(folder / "text_encoder_2", hidden_act="gelu", projected=True)
+    second = {"hidden_size": second_width, "num_attention_heads": second_width // WIDTH}
+    _save_text(folder / "text_encoder_2", hidden_act="gelu", projected=True, **second)
     _save_clip_tokenizer(folder / "tokenizer", pad=END)
     _save_clip_tokenizer(folder / "tokenizer_2", pad="!")
     _save_scheduler(folder, EulerDiscreteScheduler, timestep_spacing="leading", steps_offset=1)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-RUNNABLE = ["scripts/quickstart", "scripts/test", "scripts/check", "scripts/fix", ".ci/run"]
+NAMES = ("quickstart", "test", "check", "fix", "verify-real")
+RUNNABLE = [*(f"scripts/{name}" for name in NAMES), ".ci/run"]
 BASH = shutil.which("bash") or "/bin/bash"
 
 
