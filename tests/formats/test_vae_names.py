@@ -46,13 +46,16 @@ def test_the_map_is_the_published_one(names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [
-        ("encoder.down.1.block.0.nin_shortcut.bias", "encoder.down_blocks.1.resnets.0.conv_shortcut.bias"),
+        (
+            "encoder.down.1.block.0.nin_shortcut.bias",
+            "encoder.down_blocks.1.resnets.0.conv_shortcut.bias",
+        ),
         ("decoder.mid.attn_1.proj_out.weight", "decoder.mid_block.attentions.0.to_out.0.weight"),
         ("encoder.norm_out.weight", "encoder.conv_norm_out.weight"),
         ("post_quant_conv.bias", "post_quant_conv.bias"),
     ],
     ids=lambda name: name.split(".")[1],
-)  # fmt: skip
+)
 def test_examples(theirs: str, ours: str) -> None:
     assert from_compvis([theirs]) == {theirs: ours}
 
