@@ -214,7 +214,6 @@ TABLE = [
         one("sd15_real", extra={f"{UNET}out.0.bias": torch.ones(16)}),
         "1 tensors do not fit",
         "!1 tensors do not fit",
-        late=True,
     ),
 ]
 

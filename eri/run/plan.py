@@ -11,7 +11,7 @@ from eri.errors import ConfigError
 from eri.run.base import BaseFacts
 from eri.run.dataset import Images
 from eri.run.device import choose_device, choose_dtype
-from eri.run.prediction import Choice, choose
+from eri.run.prediction import Choice
 from eri.train import Plan
 
 __all__ = ["RunPlan", "auto_steps", "plan_run"]
@@ -44,13 +44,12 @@ def auto_steps(batches_per_epoch: int, accumulate: int) -> int:
     return min(max(steps, FEWEST_STEPS), MOST_STEPS)
 
 
-def plan_run(config: Config, facts: BaseFacts, images: Images) -> RunPlan:
+def plan_run(config: Config, facts: BaseFacts, choice: Choice, images: Images) -> RunPlan:
     """Work out the steps, the device, the types and the previews of a run.
 
     Raises:
         ConfigError: settings that this machine or this model cannot follow.
     """
-    choice = choose(config.model, facts.hint)
     device = choose_device()
     if config.train.backend == "cuda":
         raise ConfigError(
@@ -89,7 +88,7 @@ def plan_run(config: Config, facts: BaseFacts, images: Images) -> RunPlan:
         batches=batches,
         lines=(
             *_describe(config, facts, images, batches, steps),
-            choice.line,
+            choice.line if choice.settled else f"{choice.line}; measured before step 1",
             f"device   {device.type}, {str(dtype).removeprefix('torch.')}",
         ),
     )

@@ -33,7 +33,7 @@ PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v": "v_prediction"}
 NAMES = {prediction: name for name, prediction in PREDICTIONS.items()}
 PREDICTION_KEY, ZERO_SNR_KEY = "model.prediction", "model.zero_terminal_snr"
 ZERO_SNR = "zero-terminal SNR"
-UNTOLD = "not told by the files; measured before step 1"
+UNTOLD = "not told by the files"
 
 
 @dataclass(frozen=True)

@@ -80,10 +80,7 @@ def draw(drawing: Drawing, output: Path, *, overwrite: bool = False) -> str:
     one = len(pictures) == 1
     save_png(pictures[0] if one else contact_sheet([("", pictures)], drawing.prompts), output)
     count = "1 picture" if one else f"{len(pictures)} pictures"
-    taken = choice.line
-    if not choice.settled:
-        taken = f"{taken}; taken for {choice.prediction}, --prediction sets it"
-    return f"{printable(output)}: {count} of {size}x{size}\n{taken}"
+    return f"{printable(output)}: {count} of {size}x{size}\n{_taken_for(choice)}"
 
 
 def _model_and_adapter(drawing: Drawing) -> tuple[ModelSource, Path | None]:
@@ -92,6 +89,15 @@ def _model_and_adapter(drawing: Drawing) -> tuple[ModelSource, Path | None]:
         return drawing.model, drawing.adapter
     config = load_config(run / CONFIG)
     return config.model, drawing.adapter or find_adapter(run)
+
+
+def _taken_for(choice: Choice) -> str:
+    """What the model was drawn as; here what the files do not tell is not measured."""
+    if choice.target.source == "unknown":
+        return f"{choice.line}; taken for {choice.prediction}, --prediction sets it"
+    if choice.zero.source == "unknown":
+        return f"{choice.line}; taken for none, --zero-terminal-snr sets it"
+    return choice.line
 
 
 def _choice(facts: BaseFacts, adapter: Path | None) -> Choice:

@@ -23,7 +23,7 @@ from eri.run.memory import memory_errors
 from eri.run.objective import Sample, SampleBatch
 from eri.run.parts import Parts, build
 from eri.run.plan import RunPlan, plan_run
-from eri.run.prediction import Choice, Subjects, recorded, schedule_of, settle
+from eri.run.prediction import Choice, Subjects, choose, recorded, schedule_of, settle
 from eri.run.stop import StopSignals
 from eri.run.validation import Validation
 from eri.train import Log, cut, say
@@ -62,9 +62,11 @@ def train(
     with StopSignals() as stop, disk_errors(config.output), memory_errors():
         config = claim(config, restart)
         facts = look_at(config.model, lambda line: say(console, line))
+        choice = choose(config.model, facts.hint)
         with nullcontext() if dry_run else own(config.output):
             images = look_at_images(config, facts, console, stop.raise_if_stopped)
-            run = _Run(config, console, facts, images, plan_run(config, facts, images))
+            plan = plan_run(config, facts, choice, images)
+            run = _Run(config, console, facts, images, plan)
             checkpoint = run.look_back(allow_change)
             if not dry_run and not run.go(checkpoint, stop):
                 stop.raise_if_stopped()

@@ -10,7 +10,7 @@ from eri.run.dataset import Encoder, look_at_images
 from eri.run.objective import SampleBatch, validate
 from eri.run.parts import Parts, build
 from eri.run.plan import plan_run
-from eri.run.prediction import schedule_of
+from eri.run.prediction import choose, schedule_of
 from tests.run.conftest import Screen
 
 
@@ -19,7 +19,7 @@ def built(screen: Screen) -> Callable[[Config], Parts]:
     def build_for(config: Config) -> Parts:
         facts = look_at(config.model.path)
         images = look_at_images(config, facts, screen.console, lambda: None)
-        plan = plan_run(config, facts, images)
+        plan = plan_run(config, facts, choose(config.model, facts.hint), images)
         encoder = Encoder(screen.console, lambda: None)
         schedule = schedule_of(facts.noise, plan.choice)
         return build(config, plan, facts, images, encoder, settle=lambda *asked: schedule)

@@ -8,6 +8,7 @@ from eri.errors import ConfigError
 from eri.run.base import look_at
 from eri.run.dataset import look_at_images
 from eri.run.plan import RunPlan, auto_steps, plan_run
+from eri.run.prediction import choose
 from tests.run.conftest import Screen
 
 
@@ -25,7 +26,7 @@ def plan(screen: Screen) -> Callable[[Config], RunPlan]:
     def planned(config: Config) -> RunPlan:
         facts = look_at(config.model.path)
         images = look_at_images(config, facts, screen.console, lambda: None)
-        return plan_run(config, facts, images)
+        return plan_run(config, facts, choose(config.model, facts.hint), images)
 
     return planned
 
@@ -43,7 +44,7 @@ def test_the_plan_says_where_auto_comes_from(
 def test_what_is_odd_about_the_model_is_told(config: Config, screen: Screen) -> None:
     facts = replace(look_at(config.model.path), notes=("its tensors are odd",))
     images = look_at_images(config, facts, screen.console, lambda: None)
-    lines = plan_run(config, facts, images).lines
+    lines = plan_run(config, facts, choose(config.model, facts.hint), images).lines
     assert lines[0].startswith("model ") and lines[1].strip() == "its tensors are odd"
 
 

@@ -96,7 +96,7 @@ def test_epsilon_cannot_have_zero_terminal_snr(
 @pytest.mark.parametrize(
     ("keys", "hint", "line"),
     [
-        ({}, None, "prediction not told by the files; measured before step 1"),
+        ({}, None, "prediction not told by the files"),
         ({}, IS_EPSILON, "prediction epsilon: its scheduler_config.json"),
         (
             {},
@@ -106,8 +106,7 @@ def test_epsilon_cannot_have_zero_terminal_snr(
         (
             {},
             V,
-            "prediction v: the file's marker v_pred; zero-terminal SNR: not told by the files; "
-            "measured before step 1",
+            "prediction v: the file's marker v_pred; zero-terminal SNR: not told by the files",
         ),
         (
             {"prediction": "v", "zero_terminal_snr": True},

@@ -112,7 +112,9 @@ def test_a_v_model_is_drawn_as_one(drawing: Drawing, sd21: Path, tmp_path: Path)
     told = replace(drawing, model=ModelSource(path=str(path), prediction="v"))
     untold = replace(drawing, model=ModelSource(path=str(path)))
     said = draw(untold, tmp_path / "untold.png")
-    assert "taken for epsilon, --prediction sets it" in said
+    assert "prediction not told by the files; taken for epsilon, --prediction sets it" in said
+    said = draw(told, tmp_path / "half told.png")
+    assert "SNR: not told by the files; taken for none, --zero-terminal-snr sets it" in said
     assert drawn(told, tmp_path / "told.png") != drawn(untold, tmp_path / "untold.png")
 
     adapter = tmp_path / "adapter.safetensors"
