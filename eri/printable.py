@@ -6,9 +6,13 @@ visible characters.
 """
 
 import unicodedata
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
+from typing import TypeVar
 
-__all__ = ["printable"]
+__all__ = ["first_few", "printable"]
+
+Item = TypeVar("Item")
 
 # Controls, invisible formatting (bidi, zero width), lone surrogates, line and paragraph separators.
 HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -31,6 +35,20 @@ def printable(text: str | PurePath, limit: int = 200) -> str:
         kept += 1
     left_out = len(text) - kept
     return f"{shown}…(+{left_out})" if left_out else shown
+
+
+def first_few(
+    items: Sequence[Item], show: Callable[[Item], str] = printable, *, shown: int = 5
+) -> list[str]:
+    """The first of some items, a line each, and a line that counts the rest.
+
+    Args:
+        items: what a message is about.
+        show: one of them as a line that is fit to print.
+        shown: the most items shown.
+    """
+    more = [f"and {len(items) - shown} more"] if len(items) > shown else []
+    return [*map(show, items[:shown]), *more]
 
 
 def _visible(character: str) -> str:

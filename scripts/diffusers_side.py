@@ -98,7 +98,7 @@ class DiffusersSide:
     def _loaded(self, pipeline: Any, options: Mapping[str, Any]) -> Any:
         path = str(self.facts.path)
         if self.facts.path.is_dir():
-            is_half = any(".fp16." in file.name for file in self.facts.files["unet"])
+            is_half = any(".fp16." in file.name for file in self.facts.parts.files["unet"])
             variant = "fp16" if is_half else None
             return pipeline.from_pretrained(path, variant=variant, **options)
         if not self.folder.exists():

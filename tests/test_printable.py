@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from eri.printable import printable
+from eri.printable import first_few, printable
 
 HOSTILE = [
     ("\x1b[31mred", "\\x1b[31mred"),
@@ -50,3 +50,11 @@ def test_the_limit_counts_what_is_shown_and_never_splits_an_escape() -> None:
 
 def test_a_path_is_text() -> None:
     assert printable(Path("a") / "b\x07") == str(Path("a") / "b") + "\\x07"
+
+
+def test_a_list_shows_its_first_items_and_counts_the_rest() -> None:
+    assert first_few([]) == []
+    assert first_few(["a\x1b", "b"]) == ["a\\x1b", "b"]
+    assert first_few(list("abcde")) == list("abcde")
+    assert first_few(list("abcdefg")) == [*"abcde", "and 2 more"]
+    assert first_few([1, 2, 3], str, shown=1) == ["1", "and 2 more"]

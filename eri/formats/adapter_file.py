@@ -17,7 +17,7 @@ from eri.formats.header import Header, read_header
 from eri.formats.lora_pair import KeyTable, LoRAPair, Part
 from eri.formats.strict_json import parse_object, read_object
 from eri.formats.tensors import cast, data_sha256, load_tensors, save_tensors
-from eri.printable import printable
+from eri.printable import first_few, printable
 
 __all__ = [
     "AdapterFile",
@@ -335,12 +335,9 @@ def _pair(
 
 
 def _refused(file: Path, what: str, problems: Sequence[str], hint: str) -> ModelError:
-    shown = [printable(problem) for problem in problems[:SHOWN]]
-    if len(problems) > SHOWN:
-        shown.append(f"and {len(problems) - SHOWN} more")
     return ModelError(
         f"the adapter has {len(problems)} {what}",
         where=printable(file),
         hint=hint,
-        problems=shown,
+        problems=first_few(problems),
     )

@@ -6,21 +6,19 @@ alone. What is something else is refused by its name. Free of torch.
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from eri.errors import ModelError
 from eri.formats import compvis_unet, diffusers_folder, text_names, unet_names, vae_names
 from eri.formats.foreign import foreign_kind, refusal
 from eri.formats.header import TensorInfo
-from eri.formats.parts import Piece, Pieces, TextPart, UNetPart, VAEPart
+from eri.formats.parts import Family, Piece, Pieces, TextPart, UNetPart, VAEPart
 from eri.formats.single_file import SingleFile, read_single_file
 from eri.formats.unet_config import UNetConfigFields
 from eri.formats.unet_shapes import fields_from_shapes, refuse_unusable
-from eri.printable import printable
+from eri.printable import first_few, printable
 
 __all__ = ["VAE_SCALES", "text_parts", "unet_part", "vae_part"]
-
-Family = Literal["sd15", "sd21", "sdxl"]
 
 VAE_SCALES: Mapping[Family, float] = {"sd15": 0.18215, "sd21": 0.18215, "sdxl": 0.13025}
 """What latents are multiplied by, where no config tells it."""
@@ -30,7 +28,6 @@ A_VAE = "a VAE that eri reads"
 A_TEXT_ENCODER = "a text encoder that eri reads"
 VAE_GROUPS = 32
 LATENT_CHANNELS = 4
-SHOWN = 5  # names listed in a message
 
 
 def unet_part(path: Path) -> UNetPart:
@@ -173,7 +170,7 @@ def _vae_in_file(file: SingleFile, family: Family | None) -> VAEPart | None:
 
 def _vae_config(file: SingleFile, pieces: Pieces, family: Family | None) -> dict[str, Any]:
     """Arguments for diffusers' `AutoencoderKL`, out of the shapes."""
-    if vae_names.is_compvis(file.vae) is False and (file.path.parent / "config.json").is_file():
+    if not vae_names.is_compvis(file.vae) and (file.path.parent / "config.json").is_file():
         return diffusers_folder.vae_config(file.path.parent)
     widths = []
     while first := pieces.get(f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.weight"):
@@ -225,14 +222,11 @@ def _from_diffusers(names: Iterable[str], where: Path) -> dict[str, str]:
         except ModelError:
             unknown.append(name)
     if unknown:
-        problems = [printable(name) for name in unknown[:SHOWN]]
-        if len(unknown) > SHOWN:
-            problems.append(f"and {len(unknown) - SHOWN} more")
         raise ModelError(
             f"{len(unknown)} tensors belong to no U-Net that eri knows",
             where=printable(where),
             hint="only U-Net models of Stable Diffusion 1, 2 and XL are supported",
-            problems=problems,
+            problems=first_few(unknown),
         )
     return found
 

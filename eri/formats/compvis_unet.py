@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 
 from eri.errors import ModelError
 from eri.formats.unet_names import IN_ATTENTION, Renaming, renaming, translate
-from eri.printable import printable
+from eri.printable import first_few, printable
 
 __all__ = ["from_compvis", "layers_per_block", "to_compvis"]
 
@@ -52,7 +52,6 @@ FROM_COMPVIS = {
 DOWN_LAYER = re.compile(r"down\.(\d+)\.layers\.(\d+)\..+")
 DOWNSAMPLER = re.compile(r"input_blocks\.([1-9]\d?)\.0\.op(?:\..+)?")
 UPSAMPLER = re.compile(r"output_blocks\.(\d\d?)\.([12])\.conv(?:\..+)?")
-SHOWN = 5  # names listed in a message
 
 
 def layers_per_block(names: Iterable[str]) -> int:
@@ -174,11 +173,8 @@ def _renamed(name: str, table: Mapping[str, tuple[str, Renaming]]) -> str:
 
 
 def _refused(names: list[str]) -> ModelError:
-    shown = [printable(name) for name in names[:SHOWN]]
-    if len(names) > SHOWN:
-        shown.append(f"and {len(names) - SHOWN} more")
     return ModelError(
-        f"{len(names)} tensors of its U-Net are none that eri knows, '{shown[0]}' first",
+        f"{len(names)} tensors of its U-Net are none that eri knows, '{printable(names[0])}' first",
         hint="is it a U-Net of Stable Diffusion 1, 2 or XL?",
-        problems=shown,
+        problems=first_few(names),
     )

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eri.errors import ModelError
-from eri.printable import printable
+from eri.printable import first_few, printable
 
 __all__ = ["Kind", "foreign_kind", "refusal"]
-
-SHOWN = 5  # names listed in a message
 
 BASE_OF_LORA = "set model: to the base model that it was made for; eri inspect tells what it is"
 OTHER_FAMILY = "use a model of Stable Diffusion 1.x, 2.x or XL; eri trains no others"
@@ -132,12 +130,10 @@ def refusal(path: Path, names: Iterable[str], wanted: str) -> ModelError:
         return ModelError(
             f"this is {kind.what}, not {wanted}", where=printable(path), hint=kind.hint
         )
-    shown = [printable(name, limit=80) for name in names[:SHOWN]]
-    more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
     why = f"eri knows none of its {len(names)} tensors" if names else "it holds no tensors"
     return ModelError(
         f"this is not {wanted}: {why}",
         where=printable(path),
         hint=OTHER_FAMILY,
-        problems=shown + more,
+        problems=first_few(names, lambda name: printable(name, limit=80)),
     )

@@ -8,14 +8,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 from eri import __version__
+from eri.formats.diffusers_folder import Prediction
+from eri.formats.parts import Family
 
 __all__ = ["adapter_metadata", "data_metadata", "without_data"]
-
-Family = Literal["sd15", "sd21", "sdxl"]
-Prediction = Literal["epsilon", "v_prediction"]
 
 # (family, prediction): kohya's base version, and the architecture of the Model Spec
 BASES: dict[tuple[Family, Prediction], tuple[str, str]] = {

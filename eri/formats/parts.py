@@ -5,14 +5,15 @@ of diffusers, a text encoder in those of transformers without the leading `text_
 torch: nothing is read here but headers.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eri.formats.unet_config import UNetConfigFields
 
-__all__ = ["Piece", "Pieces", "TextPart", "UNetPart", "VAEPart"]
+__all__ = ["Family", "Parts", "Piece", "Pieces", "TextPart", "UNetPart", "VAEPart"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,11 @@ class Piece:
     rows: tuple[int, int] | None = None
     transposed: bool = False
 
+
+Family = Literal["sd15", "sd21", "sdxl"]
+"""Of a U-Net: SD1.x, SD2.x, or SDXL with the shallower nets made from it."""
+
+TEXT_NAMES = ("text_encoder", "text_encoder_2")
 
 Pieces = Mapping[str, Piece]
 """A part's tensors by name."""
@@ -85,3 +91,38 @@ class TextPart:
     config: dict[str, Any]
     tokenizer: Path | None
     pad: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The parts that a model has; each has its tensors and files under diffusers' name of it."""
+
+    unet: UNetPart | None = None
+    vae: VAEPart | None = None
+    text: tuple[TextPart, ...] = ()
+
+    @property
+    def pieces(self) -> dict[str, Pieces]:
+        """The tensors of each part."""
+        parts: list[tuple[str, UNetPart | VAEPart | TextPart | None]] = [
+            ("unet", self.unet),
+            ("vae", self.vae),
+            *zip(TEXT_NAMES, self.text, strict=False),
+        ]
+        return {name: part.pieces for name, part in parts if part is not None}
+
+    @property
+    def files(self) -> dict[str, list[Path]]:
+        """The weight files of each part."""
+        return {
+            part: sorted({piece.file for piece in pieces.values()})
+            for part, pieces in self.pieces.items()
+        }
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """The numbers of each part."""
+        return {
+            part: sum(math.prod(piece.shape) for piece in pieces.values())
+            for part, pieces in self.pieces.items()
+        }

@@ -20,7 +20,7 @@ from eri.errors import ModelError, NonFiniteError
 from eri.files import atomic_write, disk_errors
 from eri.formats.header import DTYPE_BITS, read_header
 from eri.formats.parts import Piece, Pieces
-from eri.printable import printable
+from eri.printable import first_few, printable
 
 __all__ = ["cast", "data_sha256", "load_tensors", "save_tensors", "stream"]
 
@@ -42,7 +42,6 @@ DTYPE_NAMES = {
 READABLE = set(DTYPE_NAMES.values())
 FLOATS = {"F8_E5M2", "F8_E4M3", "F16", "BF16", "F32", "F64"}
 DTYPE_ORDER = list(DTYPE_BITS)
-SHOWN = 5  # problems listed in a message
 
 
 def load_tensors(
@@ -110,7 +109,7 @@ def _require_floats(path: Path, pieces: Sequence[Piece]) -> None:
             f"{len(bad)} weights are not plain floating-point numbers",
             where=printable(path),
             hint="use the version in fp16, bf16, fp32 or plain fp8",
-            problems=bad[:SHOWN],
+            problems=first_few(bad, str),
         )
 
 
@@ -136,14 +135,12 @@ def _require_finite(pieces: Pieces, extremes: dict[str, Tensor]) -> None:
     finite = torch.stack(list(extremes.values())).isfinite().all(dim=1).tolist()
     bad = [pieces[name] for name, fine in zip(extremes, finite, strict=True) if not fine]
     if bad:
-        shown = [printable(piece.key) for piece in bad[:SHOWN]]
-        more = [f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
         raise ModelError(
             f"{len(bad)} weights hold a NaN or an infinity",
             where=printable(bad[0].file),
             hint="the model is damaged, or was saved in a type too small for it: use another "
             "version",
-            problems=shown + more,
+            problems=first_few(bad, lambda piece: printable(piece.key)),
         )
 
 
@@ -212,12 +209,10 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     bad = [name for name, tensor in found.items() if not tensor.isfinite().all()]
     if bad:
         name = str(dtype).removeprefix("torch.")
-        problems = [_why(key, tensors[key], name) for key in bad[:SHOWN]]
-        more = [f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
         raise NonFiniteError(
             f"{len(bad)} of {len(found)} tensors cannot be written as {name}",
             hint="use an earlier checkpoint, or write fp32",
-            problems=problems + more,
+            problems=first_few(bad, lambda key: _why(key, tensors[key], name)),
         )
     return found
 

@@ -14,7 +14,7 @@ Free of torch.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from eri.formats.diffusers_folder import Stored
 from eri.formats.header import TensorInfo
 from eri.formats.parts import Piece, TextPart
 from eri.formats.strict_json import read_object
-from eri.printable import printable
+from eri.printable import first_few, printable
 
 __all__ = ["folder_parts", "hf_part", "openclip_part"]
 
@@ -34,7 +34,6 @@ VOCABULARY = 49408
 END, EXCLAMATION = 49407, 0  # what fills a prompt up: in OpenAI's models, in those of OpenCLIP
 OPENCLIP_WIDTHS = (1024, 1280)  # of OpenCLIP-H and -bigG; OpenAI's CLIP-L has 768
 H_WIDTH, H_USED = 1024, 23  # of OpenCLIP-H's 24 layers SD2 uses all but the last
-SHOWN = 5  # names listed in a message
 
 TOKENS = "embeddings.token_embedding.weight"
 POSITIONS = "embeddings.position_embedding.weight"
@@ -236,15 +235,13 @@ def _add(pieces: dict[str, Piece], found: Mapping[str, Piece]) -> None:
         pieces[name] = piece
 
 
-def _refuse_unknown(keys: Iterable[str], where: Path) -> None:
-    names = [printable(key) for key in keys]
-    if names:
-        more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+def _refuse_unknown(keys: Sequence[str], where: Path) -> None:
+    if keys:
         raise ModelError(
-            f"{len(names)} tensors belong to no CLIP text encoder",
+            f"{len(keys)} tensors belong to no CLIP text encoder",
             where=printable(where),
             hint="the text encoders of SD1.x, SD2.x and SDXL are known",
-            problems=names[:SHOWN] + more,
+            problems=first_few(keys),
         )
 
 

@@ -18,7 +18,6 @@ from eri.printable import printable
 __all__ = ["fields_from_shapes", "refuse_unusable"]
 
 Shapes = Mapping[str, tuple[int, ...]]
-Depths = tuple[tuple[int, ...], ...]
 
 LAYER = re.compile(r"(down|up)\.(\d+)\.layers\.(\d+)\.resnet\.conv1\.weight")
 BLOCK = re.compile(

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 
 from eri.errors import ModelError
-from eri.printable import printable
+from eri.printable import first_few
 
 __all__ = ["current", "from_compvis", "is_compvis"]
 
@@ -67,9 +67,10 @@ def from_compvis(names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     levels = 1 + max((int(m[1]) for m in filter(None, map(UP_LEVEL.match, names))), default=-1)
     found = {name: _renamed(name, levels) for name in names}
-    unknown = [printable(name) for name, renamed in found.items() if renamed is None]
+    unknown = [name for name, renamed in found.items() if renamed is None]
     if unknown:
-        raise ModelError(f"{len(unknown)} tensors belong to no autoencoder", problems=unknown[:5])
+        what = f"{len(unknown)} tensors belong to no autoencoder"
+        raise ModelError(what, problems=first_few(unknown))
     return {name: renamed for name, renamed in found.items() if renamed is not None}
 
 

@@ -16,11 +16,9 @@ from eri.formats.parts import Pieces
 from eri.formats.tensors import stream
 from eri.models.spec import build_spec
 from eri.models.unet import UNet
-from eri.printable import printable
+from eri.printable import first_few, printable
 
 __all__ = ["fill", "load_unet", "require_fit"]
-
-SHOWN = 5  # names listed in a message before "and n more"
 
 
 def load_unet(
@@ -103,15 +101,11 @@ def require_fit(module: nn.Module, pieces: Pieces, where: Path) -> dict[str, tup
         ),
     ]
     if problems:
-        problems.sort()
-        shown = problems[:SHOWN]
-        if len(problems) > SHOWN:
-            shown.append(f"and {len(problems) - SHOWN} more")
         raise ModelError(
             f"{len(problems)} tensors do not fit the model",
             where=printable(where),
             hint="the file may be incomplete or belong to another model; download it again",
-            problems=shown,
+            problems=first_few(sorted(problems), str),
         )
     return expected
 

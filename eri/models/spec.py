@@ -3,11 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
+from eri.formats.parts import Family
 from eri.formats.unet_config import UNetConfigFields
 from eri.models.stage import UNetConfig
-from eri.models.unet import Family, UNetSpec
+from eri.models.unet import UNetSpec
 
-__all__ = ["SD15", "SD21", "SDXL", "build_spec"]
+__all__ = ["SD15", "SD15_FIELDS", "SD21", "SD21_FIELDS", "SDXL", "SDXL_FIELDS", "build_spec"]
 
 
 def build_spec(fields: UNetConfigFields) -> UNetSpec:
@@ -110,34 +111,33 @@ SD15_FIELDS = UNetConfigFields(
     upcast_attention=False,
 )
 
+SD21_FIELDS = replace(
+    SD15_FIELDS,
+    heads=(5, 10, 20, 20),
+    context_dim=1024,
+    linear_projection=True,
+    sample_size=96,
+    upcast_attention=True,
+)
+SDXL_FIELDS = replace(
+    SD15_FIELDS,
+    block_channels=(320, 640, 1280),
+    down_depths=((0, 0), (2, 2), (10, 10)),
+    mid_depth=10,
+    up_depths=((10, 10, 10), (2, 2, 2), (0, 0, 0)),
+    heads=(5, 10, 20),
+    context_dim=2048,
+    linear_projection=True,
+    sample_size=128,
+    pooled_dim=1280,
+    time_id_dim=256,
+)
+
 SD15 = build_spec(SD15_FIELDS)
 """Stable Diffusion 1.5; its module names are those of SD2.x as well."""
 
-SD21 = build_spec(
-    replace(
-        SD15_FIELDS,
-        heads=(5, 10, 20, 20),
-        context_dim=1024,
-        linear_projection=True,
-        sample_size=96,
-        upcast_attention=True,
-    )
-)
+SD21 = build_spec(SD21_FIELDS)
 """Stable Diffusion 2.1 at 768²."""
 
-SDXL = build_spec(
-    replace(
-        SD15_FIELDS,
-        block_channels=(320, 640, 1280),
-        down_depths=((0, 0), (2, 2), (10, 10)),
-        mid_depth=10,
-        up_depths=((10, 10, 10), (2, 2, 2), (0, 0, 0)),
-        heads=(5, 10, 20),
-        context_dim=2048,
-        linear_projection=True,
-        sample_size=128,
-        pooled_dim=1280,
-        time_id_dim=256,
-    )
-)
+SDXL = build_spec(SDXL_FIELDS)
 """Stable Diffusion XL base; the module names of smaller derivatives are some of its own."""

@@ -6,18 +6,16 @@ of width K, P width of the pooled text embedding.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eri.formats.parts import Family
 from eri.layers import Conv2d, GroupNorm, Linear
 from eri.models.stage import LoRAUNetBlock, UNetConfig
 
-__all__ = ["Family", "UNet", "UNetSpec", "sinusoid"]
-
-Family = Literal["sd15", "sd21", "sdxl"]
+__all__ = ["UNet", "UNetSpec", "sinusoid"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from eri.errors import ModelError
-from eri.formats.checkpoint import VAE_SCALES, Family, vae_part
+from eri.formats.checkpoint import VAE_SCALES, vae_part
+from eri.formats.parts import Family
 from eri.models.load import fill
 from eri.printable import printable
 

@@ -1,7 +1,6 @@
 """The base model of a run: where it is, whether it can be used, and its parts when loaded."""
 
 import importlib.resources
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from eri.errors import ModelError
 from eri.files import sha256
 from eri.formats import diffusers_folder
 from eri.formats.checkpoint import text_parts, unet_part, vae_part
-from eri.formats.parts import Pieces, TextPart, UNetPart, VAEPart
+from eri.formats.parts import Parts, TextPart, UNetPart, VAEPart
 from eri.formats.prediction_hints import Hint, file_hint, folder_hint
 from eri.formats.single_file import read_single_file
 from eri.models.load import load_unet, require_fit
@@ -32,7 +31,6 @@ PURPOSES = {8: "editing by instruction (pix2pix)", 9: "inpainting", 5: "depth ma
 """What a U-Net is for that takes more than a latent's 4 channels."""
 
 LATENT_CHANNELS = 4
-TEXT_NAMES = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -77,33 +75,16 @@ class BaseFacts:
         return self.spec.divisor * self.latent_factor
 
     @property
-    def pieces(self) -> dict[str, Pieces]:
-        """The tensors of each part that there is."""
-        text = {name: part.pieces for name, part in zip(TEXT_NAMES, self.text, strict=False)}
-        vae = {} if self.vae is None else {"vae": self.vae.pieces}
-        return {"unet": self.unet.pieces, **vae, **text}
-
-    @property
-    def files(self) -> dict[str, list[Path]]:
-        """The weight files of each part."""
-        return {
-            part: sorted({piece.file for piece in pieces.values()})
-            for part, pieces in self.pieces.items()
-        }
-
-    @property
-    def parameters(self) -> dict[str, int]:
-        """The numbers of each part."""
-        return {
-            part: sum(math.prod(piece.shape) for piece in pieces.values())
-            for part, pieces in self.pieces.items()
-        }
+    def parts(self) -> Parts:
+        """What there is of U-Net, VAE and text encoders."""
+        return Parts(unet=self.unet, vae=self.vae, text=self.text)
 
     @cached_property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each part's weights; slow for large files, so worked out when asked for."""
-        digests = {file: sha256(file) for files in self.files.values() for file in files}
-        return {part: "+".join(digests[f] for f in files) for part, files in self.files.items()}
+        files_of = self.parts.files
+        digests = {file: sha256(file) for file in {f for files in files_of.values() for f in files}}
+        return {part: "+".join(digests[f] for f in files) for part, files in files_of.items()}
 
     @cached_property
     def lacks(self) -> tuple[tuple[str, str], ...]:

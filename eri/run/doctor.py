@@ -44,7 +44,7 @@ def doctor() -> tuple[list[str], list[str]]:
         problems.append(f"cache: {error}\n  mend: {error.hint}")
     try:
         demo = look_at("demo")
-        count = sum(demo.parameters.values())
+        count = sum(demo.parts.parameters.values())
         facts.append(
             f"demo model: {count / 1e6:.1f} M parameters, {demo.resolution}x{demo.resolution}"
         )

@@ -14,7 +14,7 @@ from eri.errors import ModelError
 from eri.files import atomic_write, disk_errors, require_space
 from eri.formats.diffusers_folder import PICKLES, WEIGHT_FILES, shard_names, weights
 from eri.formats.strict_json import read_object
-from eri.printable import printable
+from eri.printable import first_few, printable
 from eri.run.hub_client import (
     COMMIT,
     HubId,
@@ -35,7 +35,6 @@ INDEX = "model_index.json"
 WEIGHTED = ("text_encoder", "text_encoder_2", "vae", "unet")
 PARTS = ("scheduler", "tokenizer", "tokenizer_2", *WEIGHTED)
 TOKENIZER_FILE = re.compile(r"tokenizer(_2)?/[A-Za-z0-9_][\w.-]*\.(json|txt)", re.ASCII)
-SHOWN = 5  # names of files in one message
 
 
 def parse(text: str) -> HubId | None:
@@ -158,7 +157,7 @@ def _get_weights(remote: Remote, chosen: Sequence[str], say: Callable[[str], Non
             "the repository does not hold all shards of its weights",
             where=remote.hub_id,
             hint="choose another one",
-            problems=_some(missing),
+            problems=first_few(missing),
         )
     wanted = [name for name in names if not remote.has(name)]
     if not wanted:
@@ -182,7 +181,7 @@ def _no_folder(remote: Remote) -> ModelError:
             f"this repository holds single files, not a diffusers folder: it has no {INDEX}",
             where=remote.hub_id,
             hint=f"download one and give its path: `{by_hand}`",
-            problems=_some(singles),
+            problems=first_few(singles),
         )
     if any(name.endswith(PICKLED) for name in top):
         return _no_weights(remote, [""])
@@ -199,7 +198,7 @@ def _no_weights(remote: Remote, parts: Sequence[str]) -> ModelError:
             "the weights are pickles, which can run code",
             where=remote.hub_id,
             hint="choose a repository or a revision with .safetensors files",
-            problems=_some(pickles),
+            problems=first_few(pickles),
         )
     what = f"the repository has no weights of {', '.join(parts)}"
     return ModelError(what, where=remote.hub_id, hint="choose another one")
@@ -286,8 +285,3 @@ def _is_revision(text: str) -> bool:
 
 def _is_half(name: str) -> bool:
     return ".fp16." in name
-
-
-def _some(names: Sequence[str]) -> list[str]:
-    more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
-    return [*map(printable, names[:SHOWN]), *more]

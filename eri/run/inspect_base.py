@@ -3,10 +3,9 @@
 What is told comes from headers and configs; of the weights only the hashes are worked out.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,61 +16,45 @@ from eri.files import sha256
 from eri.formats import diffusers_folder
 from eri.formats.checkpoint import VAE_SCALES, text_parts, unet_part, vae_part
 from eri.formats.foreign import refusal
-from eri.formats.parts import Piece, Pieces, TextPart, UNetPart, VAEPart
-from eri.formats.single_file import SingleFile, read_single_file
+from eri.formats.parts import Parts, Piece, TextPart, UNetPart, VAEPart
+from eri.formats.single_file import SingleFile
 from eri.formats.strict_json import read_object
+from eri.formats.tail import require_written
 from eri.formats.unet_config import UNetConfigFields
 from eri.models.load import require_fit
-from eri.models.spec import build_spec
+from eri.models.spec import SD15_FIELDS, SD21_FIELDS, SDXL_FIELDS, build_spec
 from eri.models.unet import UNet
 from eri.printable import printable
-from eri.run.base import PURPOSES, TEXT_NAMES, BaseFacts, find_base
+from eri.run.base import PURPOSES, BaseFacts, find_base
 
 __all__ = ["base_in_file", "base_in_folder"]
 
 Facts = dict[str, Any]
-Depths = tuple[tuple[int, ...], ...]
 
 UNKNOWN = "not told by the file"
 METADATA_SHOWN = 30  # entries of a header's metadata
 NAMES_SHOWN = 5
-THREE_LEVELS = (320, 640, 1280)
-FOUR_LEVELS = (320, 640, 1280, 1280)
-SDXL_DOWN: Depths = ((0, 0), (2, 2), (10, 10))
-SDXL_UP: Depths = ((10, 10, 10), (2, 2, 2), (0, 0, 0))
-SD_DOWN: Depths = ((1, 1), (1, 1), (1, 1), (0, 0))
-SD_UP: Depths = ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1))
-STRUCTURES = {  # widths, depths on the way down, in the middle and on the way up, context
-    (FOUR_LEVELS, SD_DOWN, 1, SD_UP, 768): "Stable Diffusion 1.x",
-    (FOUR_LEVELS, SD_DOWN, 1, SD_UP, 1024): "Stable Diffusion 2.x",
-    (THREE_LEVELS, SDXL_DOWN, 10, SDXL_UP, 2048): "Stable Diffusion XL",
-    (THREE_LEVELS, ((0, 0), (2, 2), (4, 4)), None, ((4, 4, 10), (2, 1, 1), (0, 0, 0)), 2048):
-        "Segmind SSD-1B",
-    (THREE_LEVELS, ((0, 0), (1, 1), (2, 2)), None, ((2, 2, 2), (1, 1, 1), (0, 0, 0)), 2048):
-        "Segmind Vega",
-}  # fmt: skip
-"""Published U-Nets; fine-tunes of one are built like it."""
+SSD_1B = replace(
+    SDXL_FIELDS,
+    down_depths=((0, 0), (2, 2), (4, 4)),
+    mid_depth=None,
+    up_depths=((4, 4, 10), (2, 1, 1), (0, 0, 0)),
+)
+VEGA = replace(
+    SDXL_FIELDS,
+    down_depths=((0, 0), (1, 1), (2, 2)),
+    mid_depth=None,
+    up_depths=((2, 2, 2), (1, 1, 1), (0, 0, 0)),
+)
+PUBLISHED = {
+    "Stable Diffusion 1.x": SD15_FIELDS,
+    "Stable Diffusion 2.x": SD21_FIELDS,
+    "Stable Diffusion XL": SDXL_FIELDS,
+    "Segmind SSD-1B": SSD_1B,
+    "Segmind Vega": VEGA,
+}
+"""U-Nets by their names; fine-tunes of one are built like it."""
 ENCODERS = {768: "CLIP-L", 1024: "OpenCLIP-H", 1280: "OpenCLIP-bigG"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """The parts that lie at a path."""
-
-    path: Path
-    unet: UNetPart | None = None
-    vae: VAEPart | None = None
-    text: tuple[TextPart, ...] = ()
-
-    @property
-    def pieces(self) -> dict[str, Pieces]:
-        """The tensors of each part."""
-        parts: list[tuple[str, UNetPart | VAEPart | TextPart | None]] = [
-            ("unet", self.unet),
-            ("vae", self.vae),
-            *zip(TEXT_NAMES, self.text, strict=False),
-        ]
-        return {name: part.pieces for name, part in parts if part is not None}
 
 
 def base_in_file(file: SingleFile) -> Facts:
@@ -81,16 +64,15 @@ def base_in_file(file: SingleFile) -> Facts:
         ModelError: it is damaged, or neither a base model nor a part of one.
     """
     path = file.path
-    read_single_file(path)  # checks more than the header
+    require_written(path, file.header)
     if file.unet:
         facts = _whole(find_base(str(path)))
     elif file.vae or file.text:
-        found = Found(
-            path=path,
+        found = Parts(
             vae=vae_part(path) if file.vae else None,
             text=text_parts(path) if file.text else (),
         )
-        facts = _lone(found)
+        facts = _lone(found, path)
     else:
         raise refusal(path, file.header.tensors, "a base model, a part of one, or an adapter")
     extra = {
@@ -113,11 +95,11 @@ def base_in_folder(path: Path) -> Facts:
     config = read_object(path / "config.json")
     kind = str(config.get("_class_name") or config.get("model_type"))
     if kind == "UNet2DConditionModel":
-        found = Found(path=path, unet=unet_part(path))
+        found = Parts(unet=unet_part(path))
     elif kind == "AutoencoderKL":
-        found = Found(path=path, vae=vae_part(path))
+        found = Parts(vae=vae_part(path))
     elif kind == "clip_text_model":
-        found = Found(path=path, text=text_parts(path))
+        found = Parts(text=text_parts(path))
     else:
         raise ModelError(
             f"this is the folder of a {printable(kind)}, which is no part of a model that eri "
@@ -125,12 +107,11 @@ def base_in_folder(path: Path) -> Facts:
             where=printable(path),
             hint="a U-Net, a VAE or a CLIP text encoder can be looked at, or a whole model",
         )
-    return _lone(found)
+    return _lone(found, path)
 
 
 def _whole(base: BaseFacts) -> Facts:
     """A model with a U-Net."""
-    found = Found(path=base.path, unet=base.unet, vae=base.vae, text=base.text)
     lacks = [f"{what}; {hint}" for what, hint in base.lacks]
     return {
         "kind": "base model" if base.vae or base.text else "U-Net",
@@ -139,12 +120,12 @@ def _whole(base: BaseFacts) -> Facts:
         "resolution": base.resolution,
         **_prediction(base),
         **_vae(base.vae),
-        **_common(found),
+        **_common(base.parts, base.path),
         "to train with it": lacks or "nothing is missing",
     }
 
 
-def _lone(found: Found) -> Facts:
+def _lone(found: Parts, path: Path) -> Facts:
     """Parts that no U-Net of a whole model comes with."""
     kinds = {"U-Net": found.unet, "VAE": found.vae, "text encoder": found.text}
     use = {
@@ -155,10 +136,10 @@ def _lone(found: Found) -> Facts:
     there = [kind for kind, part in kinds.items() if part]
     return {
         "kind": " and ".join(there),
-        "path": printable(found.path),
-        **({} if found.unet is None else _unet(found.unet, found.path)),
+        "path": printable(path),
+        **({} if found.unet is None else _unet(found.unet, path)),
         **_vae(found.vae),
-        **_common(found),
+        **_common(found, path),
         "to train with it": [use[kind] for kind in there],
     }
 
@@ -181,14 +162,14 @@ def _unet(unet: UNetPart, path: Path) -> Facts:
 
 
 def _structure(fields: UNetConfigFields) -> str:
-    sizes = (
-        fields.block_channels,
-        fields.down_depths,
-        fields.mid_depth,
-        fields.up_depths,
-        fields.context_dim,
-    )
-    return STRUCTURES.get(sizes, "none of the published ones")
+    """The published U-Net that is as wide and as deep."""
+    alike = (name for name, known in PUBLISHED.items() if _sizes(known) == _sizes(fields))
+    return next(alike, "none of the published ones")
+
+
+def _sizes(fields: UNetConfigFields) -> tuple[object, ...]:
+    depths = fields.down_depths, fields.mid_depth, fields.up_depths
+    return fields.block_channels, *depths, fields.context_dim
 
 
 def _prediction(base: BaseFacts) -> Facts:
@@ -211,18 +192,14 @@ def _vae(vae: VAEPart | None) -> Facts:
     return {"VAE scale": vae.config.get("scaling_factor", unknown)}
 
 
-def _common(found: Found) -> Facts:
+def _common(found: Parts, path: Path) -> Facts:
     """What is told of every part."""
-    parameters = {
-        part: sum(math.prod(piece.shape) for piece in pieces.values())
-        for part, pieces in found.pieces.items()
-    }
-    files = {piece.file for pieces in found.pieces.values() for piece in pieces.values()}
+    files = {file for files in found.files.values() for file in files}
     facts: Facts = {
         "parts": list(found.pieces),
-        "parameters": parameters | {"all": sum(parameters.values())},
+        "parameters": found.parameters | {"all": sum(found.parameters.values())},
         "dtype": {part: _dtypes(pieces.values()) for part, pieces in found.pieces.items()},
-        "SHA-256": {_shown(file, found.path): sha256(file) for file in sorted(files)},
+        "SHA-256": {_shown(file, path): sha256(file) for file in sorted(files)},
     }
     if found.text:
         facts["text encoders"] = [_encoder(part) for part in found.text]

@@ -103,7 +103,7 @@ def _captions(images: Images) -> tuple[str, ...]:
 def _describe(
     config: Config, facts: BaseFacts, images: Images, batches: Batches, steps: int
 ) -> list[str]:
-    millions = sum(facts.parameters.values()) / 1e6
+    millions = sum(facts.parts.parameters.values()) / 1e6
     seen = config.train.batch_size * config.train.accumulate
     epochs = steps * config.train.accumulate / batches.steps_per_epoch
     why = f" (auto: {VIEWS_OF_AN_IMAGE} views of each image, {FEWEST_STEPS} to {MOST_STEPS})"

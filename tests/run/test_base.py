@@ -17,7 +17,7 @@ def test_what_is_known_before_any_weight_is_read(sd15: Path) -> None:
     assert (facts.name, facts.spec.family, facts.resolution) == ("sd15", "sd15", 64)
     assert facts.latent_factor == 8
     assert facts.noise.prediction_type == "epsilon"
-    assert set(facts.parameters) == {"unet", "vae", "text_encoder"}
+    assert set(facts.parts.parameters) == {"unet", "vae", "text_encoder"}
 
 
 def test_the_parts_are_loaded_frozen_and_only_the_net_in_the_runs_type(sd15: Path) -> None:
@@ -82,7 +82,7 @@ def test_other_files_supply_what_a_model_lacks(sdxl: Path, tmp_path: Path) -> No
         look_at(ModelSource(path=str(alone), vae=str(vae)))
     facts = look_at(ModelSource(path=str(alone), vae=str(vae), text=str(sdxl)))
     assert facts.spec.family == "sdxl"
-    assert facts.files["vae"] == [vae]
+    assert facts.parts.files["vae"] == [vae]
     base = load_base(facts, dtype=torch.float32, device=torch.device("cpu"))
     assert base.vae.scale == 0.13025
     assert base.text.encode(["a cat"])[1] is not None
