@@ -14,7 +14,17 @@ import torch
 __all__ = ["Purpose", "generator", "normal"]
 
 Purpose = Literal[
-    "init", "order", "timestep", "latent", "noise", "dropout", "preview", "validation", "probe"
+    "init",
+    "order",
+    "view",
+    "caption",
+    "timestep",
+    "latent",
+    "noise",
+    "dropout",
+    "preview",
+    "validation",
+    "probe",
 ]
 
 

@@ -12,7 +12,8 @@ from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from eri.config.schema import Section, settings
+from eri.config.schema import Config
+from eri.config.section import Section, settings
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 OPENING = """# Configuration
@@ -32,7 +33,7 @@ SIGNS = {Ge: ("≥", "ge"), Gt: (">", "gt"), Le: ("≤", "le"), Lt: ("<", "lt")}
 
 def page() -> str:
     """The whole page."""
-    rows = (row(key, field) for key, field in settings() if not is_section(field.annotation))
+    rows = (row(key, field) for key, field in settings(Config) if not is_section(field.annotation))
     return OPENING + "".join(rows)
 
 

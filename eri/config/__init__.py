@@ -2,20 +2,13 @@
 
 from eri.config.dump import dump_config, json_schema, trajectory
 from eri.config.load import load_config
-from eri.config.schema import (
-    TARGETS,
-    Adapter,
-    Config,
-    DataSource,
-    ModelSource,
-    Sample,
-    Save,
-    Train,
-)
+from eri.config.schema import TARGETS, Adapter, Config, ModelSource, Sample, Save, Train
+from eri.config.sources import CaptionRules, DataSource
 
 __all__ = [
     "TARGETS",
     "Adapter",
+    "CaptionRules",
     "Config",
     "DataSource",
     "ModelSource",

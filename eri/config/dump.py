@@ -42,13 +42,16 @@ def json_schema() -> dict[str, Any]:
 def trajectory(config: Config) -> dict[str, Any]:
     """The settings that change the numbers of a run, by dotted key.
 
-    Where the results go, what is saved and drawn, how many steps are taken and what is measured on
-    are left out: a run may be continued with other ones.
+    Where the results go, what is saved and drawn, how many steps are taken, what is measured on and
+    what reads ahead are left out: a run may be continued with other ones. So is what only decides
+    whether an image can be used: which were used is known.
     """
     content = config.model_dump(mode="json", exclude={"output", "save", "sample"})
-    del content["train"]["steps"]
+    for name in ("steps", "workers"):
+        del content["train"][name]
     for source in content["data"]:
-        del source["validation"]
+        for name in ("validation", "on_bad", "missing_caption", "max_megapixels"):
+            del source[name]
     return dict(_flat("", content))
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from eri.config.schema import settings
+from eri.config.schema import Config
+from eri.config.section import settings
 from eri.config.strict_yaml import Document, KeyPath, Problem
 from eri.printable import printable
 
@@ -14,11 +15,7 @@ __all__ = ["schema_problems"]
 
 LATER = frozenset(
     {
-        ("data", "repeats"),
-        ("data", "flip"),
-        ("train", "epochs"),
         ("train", "memory"),
-        ("train", "workers"),
     }
 )
 """Settings that are documented for the program but not done by this version."""
@@ -76,7 +73,7 @@ def _problem(path: KeyPath, details: Sequence[Any], document: Document) -> Probl
     where = document.place(path)
     keys = tuple(step for step in path if isinstance(step, str))
     dotted = printable(".".join(map(str, path)))
-    hint = next((field.description for known, field in settings() if known == keys), None)
+    hint = next((field.description for known, field in settings(Config) if known == keys), None)
     kind = details[0]["type"]
     if kind == "missing":
         return Problem(where=where, what=f"{dotted} is missing", hint=f"{dotted}: {hint}")
@@ -94,7 +91,7 @@ def _unknown_key(where: str, dotted: str, keys: tuple[str, ...]) -> Problem:
             where=where, what=what, hint="remove it; the program acts as if it were unset"
         )
     *section, key = keys
-    known = [path for path, _ in settings()]
+    known = [path for path, _ in settings(Config)]
     siblings = [path[-1] for path in known if path[:-1] == tuple(section)]
     elsewhere = [path for path in known if path[-1] == key]
     close = difflib.get_close_matches(key.lower(), siblings, n=1, cutoff=0.0)

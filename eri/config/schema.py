@@ -5,58 +5,29 @@ in the documentation. A setting is here when the program does what it says, not 
 """
 
 import os
-import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic.fields import FieldInfo
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
+from eri.config.section import PathText, Section, to_path
+from eri.config.sources import DataSource
 from eri.files import run_name
 
 __all__ = [
     "TARGETS",
     "Adapter",
     "Config",
-    "DataSource",
     "ModelSource",
     "Sample",
     "Save",
-    "Section",
     "Train",
-    "settings",
 ]
 
 TARGETS = ("attn", "ff", "proj")
 """The groups of modules that `adapter.targets` may name."""
 
 MAX_NAME_BYTES = 100  # file systems take 255, and the names of files are longer than the folder's
-
-
-class Section(BaseModel):
-    """A group of settings: unknown keys are refused, types are not converted, nothing changes."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-# A validator's ValueError says what is allowed; the loader says what was found and where.
-
-
-def _path_text(value: object) -> object:
-    if isinstance(value, Path):
-        return str(value)
-    if not isinstance(value, str) or not value:
-        raise ValueError("a path")
-    if any(unicodedata.category(character) == "Cc" for character in value):
-        raise ValueError(r"a path in single quotes (in double quotes \n and \t are escapes)")
-    if value.startswith("~"):
-        raise ValueError("the whole path (~ stands for your home in a shell only)")
-    return value
-
-
-def _path(value: object) -> Path:
-    return Path(str(_path_text(value)))
 
 
 def _list(value: object) -> object:
@@ -96,8 +67,10 @@ def _targets(value: str) -> str:
     return value
 
 
-PathText = Annotated[str, BeforeValidator(_path_text)]
-FolderPath = Annotated[Path, BeforeValidator(_path, json_schema_input_type=str)]
+def _instead_of_steps(value: int | None, info: ValidationInfo) -> int | None:
+    if value is not None and info.data.get("steps", "auto") != "auto":
+        raise ValueError("null where train.steps is a number; one of the two says how long")
+    return value
 
 
 class ModelSource(Section):
@@ -137,33 +110,6 @@ class ModelSource(Section):
     )
 
 
-class DataSource(Section):
-    """A folder of images with their captions."""
-
-    path: FolderPath = Field(
-        description="folder of images, searched with its subfolders; a caption stands beside its "
-        "image under the same name with .txt or .caption"
-    )
-    resolution: Literal["auto"] | Annotated[int, Field(ge=64, le=4096)] = Field(
-        default="auto",
-        description="side in pixels of the square whose area the images are scaled to; auto is "
-        "the model's own",
-    )
-    missing_caption: Literal["stop", "empty", "filename"] = Field(
-        default="stop",
-        description="for an image without caption: stop, use an empty one, or use its file name",
-    )
-    on_bad: Literal["stop", "skip"] = Field(
-        default="stop",
-        description="for a file that cannot be read: stop, or go on without it and say so",
-    )
-    validation: FolderPath | None = Field(
-        default=None,
-        description="folder of captioned images that are not trained on; their loss is measured "
-        "at the start and the end",
-    )
-
-
 class Adapter(Section):
     """The LoRA: which modules it changes and how much it can hold."""
 
@@ -193,6 +139,12 @@ class Train(Section):
 
     steps: Literal["auto"] | Annotated[int, Field(ge=1, le=10_000_000)] = Field(
         default="auto", description="optimizer steps; auto derives them from the images"
+    )
+    epochs: Annotated[
+        Annotated[int, Field(ge=1, le=100_000)] | None, AfterValidator(_instead_of_steps)
+    ] = Field(
+        default=None,
+        description="times that each image is shown (times its repeats), instead of steps",
     )
     batch_size: int = Field(default=4, ge=1, le=4096, description="images in a forward pass")
     accumulate: int = Field(
@@ -228,6 +180,10 @@ class Train(Section):
     )
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="number that every random draw of the run comes from"
+    )
+    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=64)] = Field(
+        default="auto",
+        description="processes that read samples ahead; auto is 2 with a GPU, else none",
     )
 
 
@@ -284,7 +240,7 @@ class Config(Section):
         BeforeValidator(_data_sources, json_schema_input_type=str | list[DataSource]),
     ] = Field(description="images: a folder, or a list of mappings")
     output: Annotated[
-        Path, BeforeValidator(_path, json_schema_input_type=str), AfterValidator(_named_folder)
+        Path, BeforeValidator(to_path, json_schema_input_type=str), AfterValidator(_named_folder)
     ] = Field(
         default_factory=_output_beside_data,
         description="folder of the run; its name is the adapter's; runs/<data folder> unless said",
@@ -293,19 +249,3 @@ class Config(Section):
     train: Train = Field(default=Train(), description="the optimization")
     save: Save = Field(default=Save(), description="what is kept")
     sample: Sample = Field(default=Sample(), description="the previews")
-
-
-def settings(
-    section: type[Section] = Config, prefix: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    """Every setting below `section`: its path of keys (without list indices) and its field."""
-    for name, field in section.model_fields.items():
-        below = _section_in(field.annotation)
-        yield (*prefix, name), field
-        if below is not None:
-            yield from settings(below, (*prefix, name))
-
-
-def _section_in(annotation: Any) -> type[Section] | None:
-    candidates = (annotation, *get_args(annotation))
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)

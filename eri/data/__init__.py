@@ -1,35 +1,29 @@
 """Folders of images to what the training loop asks for: checked items, shapes, batches, latents."""
 
 from eri.data.batches import Batch, Batches
-from eri.data.buckets import (
-    Assignment,
-    Fitted,
-    Geometry,
-    Shape,
-    assign,
-    fit,
-    geometry,
-    shapes,
-    size_ids,
-)
 from eri.data.cache import Encode, Latent, Latents, cache_latents
-from eri.data.folder import Dataset, Item, Progress, scan
+from eri.data.cuts import PLAIN, Cut, Geometry, View, fit, geometry, size_ids, views
+from eri.data.folder import Dataset, Item, Mask, Progress, scan
 from eri.data.images import Decoded, decode
+from eri.data.shapes import Assignment, Shape, assign, shapes
 
 __all__ = [
+    "PLAIN",
     "Assignment",
     "Batch",
     "Batches",
+    "Cut",
     "Dataset",
     "Decoded",
     "Encode",
-    "Fitted",
     "Geometry",
     "Item",
     "Latent",
     "Latents",
+    "Mask",
     "Progress",
     "Shape",
+    "View",
     "assign",
     "cache_latents",
     "decode",
@@ -38,4 +32,5 @@ __all__ = [
     "scan",
     "shapes",
     "size_ids",
+    "views",
 ]

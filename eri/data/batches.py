@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from eri.data.buckets import Shape
+from eri.data.shapes import Shape
 from eri.rng import generator
 
 __all__ = ["Batch", "Batches"]

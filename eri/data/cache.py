@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from eri.data.buckets import Shape, fit
+from eri.data.cuts import fit
 from eri.data.folder import Item, Progress
 from eri.data.images import decode, pillow_warnings_ignored
+from eri.data.shapes import Shape
 from eri.errors import DataError, DiskError, NonFiniteError
 from eri.files import atomic_write, cache_dir, disk_errors
 from eri.printable import printable
@@ -110,7 +111,7 @@ def _encode(item: Item, shape: Shape, encode: Encode) -> Latent:
     if sha256 != item.sha256:
         what, hint = "the file changed while the images were prepared", "run the command again"
         raise DataError(what, where=printable(item.path), hint=hint)
-    pixels = fit(image, shape).pixels
+    pixels = fit(image, shape)
     mean, std = encode(pixels.unsqueeze(0).float() / 127.5 - 1.0)
     latent = Latent(*(_owned(part[0]) for part in (mean, std)))
     if not all(part.isfinite().all() for part in latent):

@@ -5,6 +5,7 @@ once.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from eri.data.listing import FOLDER_HINT, Candidate, Listing, list_folder
 from eri.errors import DataError
 from eri.printable import printable
 
-__all__ = ["Dataset", "Item", "Progress", "scan"]
+__all__ = ["Dataset", "Item", "Mask", "Progress", "scan"]
 
 Progress = Callable[[int, int], None]
 """Called with what is done and the total."""
@@ -27,22 +28,42 @@ MAX_WORKERS = 4  # threads; Pillow lets go of the interpreter while it decodes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
-    """A checked image with its caption.
+class Mask:
+    """Where it is written which parts of an image are learned.
 
     Args:
+        path: of the mask; of the image itself, where its transparency is the mask.
+        sha256: of the file's bytes, in hex.
+        alpha: whether the transparency is meant and not the brightness.
+    """
+
+    path: Path
+    sha256: str
+    alpha: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A checked image with its captions.
+
+    Args:
+        captions: as they are written, at least one; of several, each sample shows one.
         width: pixels, upright (after EXIF).
         height: pixels, upright.
         sha256: of the file's bytes, in hex.
         source: index of the source that it belongs to.
+        background: color that its transparent parts are laid on; None where it has none.
+        mask: None where all of it is learned.
     """
 
     path: Path
-    caption: str
+    captions: tuple[str, ...]
     width: int
     height: int
     sha256: str
     source: int
+    background: str | None = None
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +85,9 @@ class Dataset:
         """SHA-256, in hex, of what is trained on: the bytes and captions in their order."""
         digest = hashlib.sha256()
         for item in self.items:
-            caption = hashlib.sha256(item.caption.encode()).hexdigest()
-            digest.update(f"{item.source} {item.sha256} {caption}\n".encode())
+            captions = hashlib.sha256(json.dumps(item.captions).encode()).hexdigest()
+            mask = item.mask.sha256 if item.mask else ""
+            digest.update(f"{item.source} {item.sha256} {captions} {mask}\n".encode())
         return digest.hexdigest()
 
 
@@ -192,7 +214,7 @@ def _check(task: _Task, pixel_cap: int) -> Item | _Fault:
         return _Fault(line=line, skip=False)
     return Item(
         path=path,
-        caption=caption,
+        captions=(caption,),
         width=image.width,
         height=image.height,
         sha256=sha256,

@@ -112,7 +112,7 @@ class Samples(Sequence[Sample]):
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # no slices
         item, latent = self.images.items[index], self.latents[index]
-        condition = self.conditions[item.caption]
+        condition = self.conditions[item.captions[0]]
         sizes = size_tensor(item.width, item.height, self.images.shapes[index])
         return Sample(
             file=printable(item.path),
@@ -139,7 +139,7 @@ class Encoder:
             images: checked ones.
             windows: of the text encoder, in which the captions are read; more if they need more.
         """
-        captions = list(dict.fromkeys(item.caption for item in images.items))
+        captions = list(dict.fromkeys(item.captions[0] for item in images.items))
         needed = base.text.windows_needed(captions) if captions else 1
         more, windows = needed > windows, max(needed, windows)
         conditions = self._conditions(base.text, captions, windows)
@@ -173,7 +173,7 @@ class Encoder:
         windows: int,
     ) -> None:
         """Why captions are read in several windows, and how long they become."""
-        longest = max(images.items, key=lambda item: text.tokens_lost(item.caption))
+        longest = max(images.items, key=lambda item: text.tokens_lost(item.captions[0]))
         tokens = text.tokens - 2 + text.tokens_lost(longest.caption)  # more than one window holds
         states = len(conditions[longest.caption].context)
         say(
@@ -184,7 +184,7 @@ class Encoder:
 
     def _tell_what_is_cut(self, text: TextEncoder, images: ImageSet, windows: int) -> None:
         for item in images.items:
-            lost = text.tokens_lost(item.caption, windows=windows)
+            lost = text.tokens_lost(item.captions[0], windows=windows)
             if lost:
                 say(
                     self.console,

@@ -97,7 +97,7 @@ def plan_run(config: Config, facts: BaseFacts, choice: Choice, images: Images) -
 def _captions(images: Images) -> tuple[str, ...]:
     """Captions to draw when no prompt is given: of held-out images if there are some."""
     shown = images.validation.items or images.train.items
-    return tuple(dict.fromkeys(item.caption for item in shown))[:DEFAULT_PROMPTS]
+    return tuple(dict.fromkeys(item.captions[0] for item in shown))[:DEFAULT_PROMPTS]
 
 
 def _describe(

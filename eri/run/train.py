@@ -255,7 +255,7 @@ class _Run:
         """The captions of each source, by the path of its folder."""
         captions: dict[str, list[str]] = {str(source.path): [] for source in self.config.data}
         for item in self.images.train.items:
-            captions[str(self.config.data[item.source].path)].append(item.caption)
+            captions[str(self.config.data[item.source].path)].append(item.captions[0])
         return captions
 
     def _tell_finished(self) -> None:

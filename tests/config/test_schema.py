@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from eri.adapters import GROUPS
 from eri.config import TARGETS, Config, json_schema
-from eri.config.schema import settings
+from eri.config.section import settings
 
 
 def config(**sections: object) -> Config:
@@ -53,13 +53,13 @@ def test_nothing_changes_after_it_was_read() -> None:
 
 
 def test_every_setting_says_what_it_means_in_one_line() -> None:
-    for path, field in settings():
+    for path, field in settings(Config):
         assert field.description, path
         assert "\n" not in field.description, path
 
 
 def test_the_settings_are_those_of_the_nested_sections() -> None:
-    paths = {path for path, _ in settings()}
+    paths = {path for path, _ in settings(Config)}
     assert {("data", "path"), ("train", "lr"), ("sample", "prompts"), ("output",)} <= paths
 
 

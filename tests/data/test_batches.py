@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 
 from eri.data.batches import Batches
-from eri.data.buckets import Shape
+from eri.data.shapes import Shape
 
 SQUARE, WIDE, TALL = Shape(512, 512), Shape(448, 576), Shape(576, 448)
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from eri.config import DataSource
 from eri.data import cache
-from eri.data.buckets import Shape
 from eri.data.cache import Latents, cache_latents
 from eri.data.folder import Item, scan
+from eri.data.shapes import Shape
 from eri.errors import DataError, DiskError, NonFiniteError
 
 SHAPE = Shape(64, 64)
@@ -237,7 +237,7 @@ import sys
 from pathlib import Path
 import torch
 from eri.config import DataSource
-from eri.data.buckets import Shape
+from eri.data.shapes import Shape
 from eri.data.cache import cache_latents
 from eri.data.folder import scan
 torch.set_num_threads(1)

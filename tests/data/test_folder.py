@@ -35,7 +35,7 @@ def test_a_good_folder_becomes_items(tmp_path: Path) -> None:
     image(tmp_path / "b.png", caption="a red fox\n")
     image(tmp_path / "sub" / "a.png", (30, 50))
     dataset = check(tmp_path)
-    assert [(item.path.name, item.caption) for item in dataset.items] == [
+    assert [(item.path.name, item.captions[0]) for item in dataset.items] == [
         ("b.png", "a red fox"),
         ("a.png", "a fox"),
     ]
@@ -62,7 +62,7 @@ def test_sources_follow_each_other(tmp_path: Path) -> None:
         DataSource(path=tmp_path / "two", missing_caption="filename"),
     ]
     items = scan(sources).items
-    assert [(item.path.name, item.source, item.caption) for item in items] == [
+    assert [(item.path.name, item.source, item.captions[0]) for item in items] == [
         ("b.png", 0, "a fox"),
         ("a.png", 1, "a"),
     ]
@@ -133,7 +133,7 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
 
 def test_bad_files_can_be_skipped(tmp_path: Path) -> None:
     dataset = check(bad_folder(tmp_path), on_bad="skip", missing_caption="empty")
-    assert {item.path.name: item.caption for item in dataset.items} == {
+    assert {item.path.name: item.captions[0] for item in dataset.items} == {
         "empty-caption.png": "",
         "good.png": "a fox",
         "no-caption.png": "",
@@ -155,7 +155,7 @@ def test_a_name_can_stand_for_a_caption(tmp_path: Path) -> None:
     image(tmp_path / "a_red_fox.png", caption=None)
     image(tmp_path / "b.png", caption="")
     items = check(tmp_path, missing_caption="filename").items
-    assert [item.caption for item in items] == ["a red fox", "b"]
+    assert [item.captions[0] for item in items] == ["a red fox", "b"]
 
 
 def test_captions_in_a_file_that_is_not_read_are_pointed_out(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from eri.data.buckets import Shape, assign, fit, geometry, shapes, size_ids
+from eri.data.cuts import fit, geometry, size_ids
 from eri.data.folder import Item
+from eri.data.shapes import Shape, assign, shapes
 
 
 def item(width: int, height: int, source: int = 0) -> Item:
     name = Path(f"{width}x{height}.png")
-    return Item(path=name, caption="", width=width, height=height, sha256="", source=source)
+    return Item(path=name, captions=("",), width=width, height=height, sha256="", source=source)
 
 
 def shape_of(width: int, height: int, resolution: int = 512) -> Shape:

@@ -1,4 +1,4 @@
-"""The shapes that images are trained in, and how an image is cut to one.
+"""The shapes that images are trained in, and which of them each image takes.
 
 Images of one shape make a batch, so there are few shapes: sides are multiples of what the model
 needs, the area is at most that of the resolution's square, and no side is longer than twice the
@@ -13,24 +13,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
 from eri.data.folder import Item
 from eri.data.listing import note
 
 __all__ = [
     "Assignment",
-    "Fitted",
-    "Geometry",
     "Shape",
     "assign",
-    "fit",
-    "geometry",
     "shapes",
-    "size_ids",
 ]
 
 MAX_ASPECT = 2
@@ -41,23 +31,6 @@ class Shape(NamedTuple):
 
     height: int
     width: int
-
-
-class Geometry(NamedTuple):
-    """How an image covers a shape: its size once scaled, and the corner of the cut in it."""
-
-    scaled: Shape
-    top: int
-    left: int
-
-
-class Fitted(NamedTuple):
-    """An image cut to a shape: uint8 [3, H, W], its size before, and the corner of the cut."""
-
-    pixels: Tensor
-    original: Shape
-    top: int
-    left: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,55 +85,6 @@ def assign(items: Sequence[Item], resolutions: Sequence[int], step: int) -> Assi
             *note("images smaller than the smallest shape, enlarged", enlarged),
         ),
     )
-
-
-def geometry(width: int, height: int, shape: Shape) -> Geometry:
-    """How an image of some size covers `shape`: the smallest scale that leaves no gap, centred."""
-    if width * shape.height >= shape.width * height:
-        scaled_width = (2 * width * shape.height + height) // (2 * height)
-        scaled = Shape(shape.height, max(shape.width, scaled_width))
-    else:
-        scaled_height = (2 * height * shape.width + width) // (2 * width)
-        scaled = Shape(max(shape.height, scaled_height), shape.width)
-    top, left = (scaled.height - shape.height) // 2, (scaled.width - shape.width) // 2
-    return Geometry(scaled, top, left)
-
-
-def size_ids(width: int, height: int, shape: Shape) -> tuple[int, int, int, int, int, int]:
-    """The six numbers that SDXL is told of an image's cut; known without its pixels.
-
-    Source: Podell et al., arXiv 2307.01952, section 2.2. The corner is the one where `fit` cuts.
-
-    Args:
-        width: of the upright image, in pixels.
-        height: of the same.
-        shape: what it is cut to.
-
-    Returns:
-        Height and width of the image, top and left of the cut in pixels of the scaled image,
-        height and width of the shape.
-    """
-    _, top, left = geometry(width, height, shape)
-    return (height, width, top, left, shape.height, shape.width)
-
-
-def fit(image: Image.Image, shape: Shape) -> Fitted:
-    """Scales an RGB image to cover `shape` (Lanczos) and cuts the middle out of it.
-
-    The cut is made in the coordinates of the original, so that a very long image never has to
-    exist at its scaled size.
-    """
-    scaled, top, left = geometry(image.width, image.height, shape)
-    across, down = image.width / scaled.width, image.height / scaled.height
-    right = min((left + shape.width) * across, image.width)
-    bottom = min((top + shape.height) * down, image.height)
-    cut = image.resize(
-        (shape.width, shape.height),
-        Image.Resampling.LANCZOS,
-        box=(left * across, top * down, right, bottom),
-    )
-    pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous()
-    return Fitted(pixels, Shape(image.height, image.width), top, left)
 
 
 def _choose(item: Item, resolution: int, step: int) -> Shape:
