@@ -25,4 +25,5 @@ def test_every_setting_has_its_row_and_its_meaning() -> None:
     assert len(leaves) > 30
     for key, field in leaves:
         assert f"| `{'.'.join(key)}` |" in page
-        assert field.description and field.description in page
+        assert field.description
+        assert field.description.replace("|", "\\|") in page  # else it would end the cell
