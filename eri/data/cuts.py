@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eri.config import DataSource
 from eri.data.folder import Item
-from eri.data.shapes import Shape
+from eri.data.shapes import Shape, covering
 from eri.rng import generator
 
 __all__ = ["PLAIN", "UNIT", "Cut", "Geometry", "View", "fit", "geometry", "size_ids", "views"]
@@ -87,18 +87,10 @@ def geometry(width: int, height: int, shape: Shape, view: View = PLAIN) -> Geome
     """How an image of some size is scaled and cut: the smallest scale that leaves no gap, times
     what the view zooms as far as the image is large enough.
     """
-    if width * shape.height >= shape.width * height:
-        scaled_width = (2 * width * shape.height + height) // (2 * height)
-        scaled = Shape(shape.height, max(shape.width, scaled_width))
-    else:
-        scaled_height = (2 * height * shape.width + width) // (2 * width)
-        scaled = Shape(max(shape.height, scaled_height), shape.width)
-    if view.zoom:
-        zoomed = Shape(*(side * (UNIT + view.zoom) // UNIT for side in scaled))
-        scaled = Shape(
-            max(scaled.height, min(zoomed.height, height)),
-            max(scaled.width, min(zoomed.width, width)),
-        )
+    scaled = covering(width, height, shape)
+    room = min(width * UNIT // scaled.width, height * UNIT // scaled.height)
+    factor = max(min(UNIT + view.zoom, room), UNIT)
+    scaled = Shape(scaled.height * factor // UNIT, scaled.width * factor // UNIT)
     top = (scaled.height - shape.height) * view.down // UNIT
     left = (scaled.width - shape.width) * view.across // UNIT
     return Geometry(scaled, top, left)

@@ -2,28 +2,28 @@
 
 Images of one shape make a batch, so there are few shapes: sides are multiples of what the model
 needs, the area is at most that of the resolution's square, and no side is longer than twice the
-other. An image takes the shape of its own aspect; one that is too small for it takes a smaller one
-rather than being enlarged. All of it is integer arithmetic, the same on every machine.
+other. An image takes the shape of its own aspect; one that is too small for it takes one of a
+smaller square, each 7/8 of the one before, rather than being enlarged. Images that are too few for
+a batch join their neighbours' shape where that cuts off little. All of it is integer arithmetic,
+the same on every machine.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
+from eri.config import DataSource
 from eri.data.folder import Item
 from eri.data.listing import note
 
-__all__ = [
-    "Assignment",
-    "Shape",
-    "assign",
-    "shapes",
-]
+__all__ = ["Assignment", "Shape", "assign", "covering", "crop_loss", "shapes"]
 
 MAX_ASPECT = 2
+MAX_LOSS = Fraction(5, 100)  # of an image's area, that joining its neighbours may cut off more
+LEAST_AREA = Fraction(8, 10)  # of its own shape's, that the neighbours' has
 
 
 class Shape(NamedTuple):
@@ -32,12 +32,24 @@ class Shape(NamedTuple):
     height: int
     width: int
 
+    @property
+    def area(self) -> int:
+        """Pixels."""
+        return self.height * self.width
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """The shape of every item, and a note on those that are smaller than the resolution."""
+    """The shape of every item.
+
+    Args:
+        shapes: in the order of the items.
+        joined: how many took the shape of their neighbours.
+        notes: on images that are smaller than the resolution.
+    """
 
     shapes: tuple[Shape, ...]
+    joined: int
     notes: tuple[str, ...]
 
 
@@ -62,38 +74,79 @@ def shapes(resolution: int, step: int) -> tuple[Shape, ...]:
     return (Shape(square, square), *turned)
 
 
-def assign(items: Sequence[Item], resolutions: Sequence[int], step: int) -> Assignment:
+def covering(width: int, height: int, shape: Shape) -> Shape:
+    """The size of an image once it is scaled to cover a shape without a gap."""
+    if width * shape.height >= shape.width * height:
+        scaled_width = (2 * width * shape.height + height) // (2 * height)
+        return Shape(shape.height, max(shape.width, scaled_width))
+    scaled_height = (2 * height * shape.width + width) // (2 * width)
+    return Shape(max(shape.height, scaled_height), shape.width)
+
+
+def crop_loss(width: int, height: int, shape: Shape) -> Fraction:
+    """The share of an image's area that is cut off when it is cut to a shape."""
+    return 1 - Fraction(shape.area, covering(width, height, shape).area)
+
+
+def assign(
+    items: Sequence[Item],
+    sources: Sequence[DataSource],
+    resolutions: Sequence[int],
+    *,
+    step: int,
+    batch_size: int = 1,
+) -> Assignment:
     """Chooses the shape of every item.
 
     Args:
         items: checked images.
+        sources: whose repeats and `upscale` hold for their items.
         resolutions: for each source, the side of the square that gives the area.
         step: what every side is a multiple of.
+        batch_size: images in a batch; shapes with fewer may be joined to others.
     """
-    chosen = [_choose(item, resolutions[item.source], step) for item in items]
-    small: list[Path] = []
-    enlarged: list[Path] = []
-    for item, shape in zip(items, chosen, strict=True):
-        if shape.width > item.width or shape.height > item.height:
+    own = [
+        _choose(item, resolutions[item.source], step, upscale=sources[item.source].upscale)
+        for item in items
+    ]
+    chosen = _joined(items, own, [sources[item.source].repeats for item in items], batch_size)
+    small, enlarged = [], []
+    for item, shape in zip(items, own, strict=True):
+        if not _holds(item, shape):
             enlarged.append(item.path)
         elif shape != _nearest(item, shapes(resolutions[item.source], step)):
             small.append(item.path)
     return Assignment(
         shapes=tuple(chosen),
+        joined=sum(a != b for a, b in zip(own, chosen, strict=True)),
         notes=(
             *note("images smaller than the resolution, kept at their size", small),
-            *note("images smaller than the smallest shape, enlarged", enlarged),
+            *note("images enlarged", enlarged),
         ),
     )
 
 
-def _choose(item: Item, resolution: int, step: int) -> Shape:
-    """The shape of the largest resolution, up to the wanted one, that the image can fill."""
-    for side in (resolution, *range((resolution - 1) // step * step, 0, -step)):
+def _choose(item: Item, resolution: int, step: int, *, upscale: bool) -> Shape:
+    """The shape of the largest square, up to the wanted one, that the image can fill."""
+    if upscale:
+        return _nearest(item, shapes(resolution, step))
+    for side in _sides(resolution, step):
         shape = _nearest(item, shapes(side, step))
-        if shape.width <= item.width and shape.height <= item.height:
+        if _holds(item, shape):
             return shape
     return _nearest(item, shapes(step, step))
+
+
+def _sides(resolution: int, step: int) -> Iterator[int]:
+    side = resolution
+    while side >= step:
+        yield side
+        side = min(side * 7 // 8, side - 1) // step * step
+
+
+def _holds(item: Item, shape: Shape) -> bool:
+    """Whether the image fills the shape without being enlarged."""
+    return shape.width <= item.width and shape.height <= item.height
 
 
 def _nearest(item: Item, candidates: Sequence[Shape]) -> Shape:
@@ -104,3 +157,44 @@ def _nearest(item: Item, candidates: Sequence[Shape]) -> Shape:
         return max(ratio, 1 / ratio)
 
     return min(candidates, key=distance)
+
+
+def _joined(
+    items: Sequence[Item], own: Sequence[Shape], repeats: Sequence[int], batch_size: int
+) -> list[Shape]:
+    """The shapes after those that do not hold a batch joined others, the smallest first."""
+    members: defaultdict[Shape, list[int]] = defaultdict(list)
+    for index, shape in enumerate(own):
+        members[shape].append(index)
+
+    def showings(shape: Shape) -> int:
+        return sum(repeats[index] for index in members[shape])
+
+    for shape in sorted(members, key=lambda shape: (showings(shape), shape)):
+        most = max(repeats[index] for index in members[shape])
+        if showings(shape) >= batch_size * most:
+            continue
+        images = [items[index] for index in members[shape]]
+        neighbour = _neighbour(images, shape, [other for other in members if other != shape])
+        if neighbour is not None:
+            members[neighbour] += members.pop(shape)
+    chosen = list(own)
+    for shape, indices in members.items():
+        for index in indices:
+            chosen[index] = shape
+    return chosen
+
+
+def _neighbour(images: Sequence[Item], shape: Shape, others: Sequence[Shape]) -> Shape | None:
+    """The shape in use that cuts least off these images, if that is little more than their own."""
+
+    def loss(image: Item, other: Shape) -> Fraction:
+        return crop_loss(image.width, image.height, other)
+
+    worst = {
+        other: max(loss(image, other) - loss(image, shape) for image in images)
+        for other in others
+        if other.area >= LEAST_AREA * shape.area and all(_holds(image, other) for image in images)
+    }
+    best = min(worst, key=lambda other: (worst[other], other), default=None)
+    return best if best is not None and worst[best] <= MAX_LOSS else None

@@ -2,14 +2,13 @@ import math
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image, ImageDraw
 
-from eri.data.cuts import fit, geometry, size_ids
+from eri.config import DataSource
 from eri.data.folder import Item
-from eri.data.shapes import Shape, assign, shapes
+from eri.data.shapes import Assignment, Shape, assign, shapes
+
+SOURCES = (DataSource(path=Path("a")), DataSource(path=Path("b")))
 
 
 def item(width: int, height: int, source: int = 0) -> Item:
@@ -18,7 +17,11 @@ def item(width: int, height: int, source: int = 0) -> Item:
 
 
 def shape_of(width: int, height: int, resolution: int = 512) -> Shape:
-    return assign([item(width, height)], [resolution], 64).shapes[0]
+    return placed([item(width, height)], resolution).shapes[0]
+
+
+def placed(items: list[Item], resolution: int = 512, batch_size: int = 1) -> Assignment:
+    return assign(items, SOURCES, [resolution, 256], step=64, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("resolution", [64, 128, 200, 512, 768, 1024, 1536])
@@ -91,106 +94,57 @@ def test_turned_images_take_turned_shapes() -> None:
 
 def test_small_images_are_pointed_out() -> None:
     items = [item(512, 512), item(300, 300), item(20, 20), item(600, 300, source=1)]
-    found = assign(items, [512, 256], 64)
+    found = placed(items)
     assert found.shapes == ((512, 512), (256, 256), (64, 64), (128, 256))
     assert found.notes == (
         "images smaller than the resolution, kept at their size (1): 300x300.png",
-        "images smaller than the smallest shape, enlarged (1): 20x20.png",
+        "images enlarged (1): 20x20.png",
     )
 
 
-def test_a_scaled_image_covers_its_shape_and_no_more() -> None:
-    rng = random.Random(2)
-    for _ in range(500):
-        width, height = rng.randint(1, 4000), rng.randint(1, 4000)
-        shape = Shape(rng.randint(1, 16) * 64, rng.randint(1, 16) * 64)
-        scaled, top, left = geometry(width, height, shape)
-        assert scaled.width >= shape.width
-        assert scaled.height >= shape.height
-        assert shape.width == scaled.width or shape.height == scaled.height
-        assert 0 <= 2 * top <= scaled.height - shape.height
-        assert 0 <= 2 * left <= scaled.width - shape.width
-        scale = max(shape.width / width, shape.height / height)
-        assert abs(scaled.width - width * scale) <= 0.5 + 1e-9
-        assert abs(scaled.height - height * scale) <= 0.5 + 1e-9
+def test_an_image_that_is_asked_to_be_enlarged_is() -> None:
+    sources = [DataSource(path=Path("a"), upscale=True)]
+    found = assign([item(300, 200), item(600, 600)], sources, [512], step=64)
+    assert found.shapes == ((384, 640), (512, 512))
+    assert found.notes == ("images enlarged (1): 300x200.png",)
 
 
-def noise(width: int, height: int) -> Image.Image:
-    rng = np.random.default_rng(0)
-    small = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+def test_no_image_has_much_more_pixels_than_its_shape() -> None:
+    for side in range(64, 1024):
+        shape = shape_of(side, side, 1024)
+        assert shape.height <= side < max(8 * shape.height // 7 + 64, 2 * 64 + 1)
 
 
-@pytest.mark.parametrize("size", [(301, 200), (200, 301), (128, 128), (700, 97), (65, 64)])
-def test_the_cut_is_that_of_scaling_first(size: tuple[int, int]) -> None:
-    image, shape = noise(*size), Shape(64, 128)
-    scaled, top, left = geometry(*size, shape)
-    whole = image.resize((scaled.width, scaled.height), Image.Resampling.LANCZOS)
-    expected = np.asarray(whole)[top : top + 64, left : left + 128].astype(int)
-    fitted = fit(image, shape)
-    assert fitted.pixels.shape == (3, 64, 128)
-    assert fitted.pixels.dtype == torch.uint8
-    assert (fitted.original, fitted.top, fitted.left) == ((size[1], size[0]), top, left)
-    assert np.abs(fitted.pixels.permute(1, 2, 0).numpy() - expected).max() <= 2
-
-
-def marked(width: int, height: int, column: int, row: int) -> Image.Image:
-    """Black, with a white disc about a point."""
-    image = Image.new("RGB", (width, height))
-    radius = min(width, height) / 20
-    corners = (column - radius, row - radius, column + radius, row + radius)
-    ImageDraw.Draw(image).ellipse(corners, fill="white")
-    return image
-
-
-def found(pixels: torch.Tensor) -> tuple[float, float]:
-    """Row and column of the light's centre."""
-    light = pixels[0].double()
-    rows, columns = torch.arange(light.shape[0]) + 0.5, torch.arange(light.shape[1]) + 0.5
-    row, column = light.sum(1) @ rows.double(), light.sum(0) @ columns.double()
-    return (row / light.sum()).item(), (column / light.sum()).item()
-
-
-def kohya_corner(width: int, height: int, shape: Shape) -> tuple[float, float]:
-    """Top and left as kohya's scripts tell them: of an image that fits inside the shape."""
-    scale = min(shape.height / height, shape.width / width)
-    return (shape.height - height * scale) / 2, (shape.width - width * scale) / 2
+SQUARES = [item(1024, 1024)] * 4
 
 
 @pytest.mark.parametrize(
-    ("size", "shape"),
+    ("few", "joins"),
     [
-        ((512, 1024), Shape(256, 256)),
-        ((1024, 512), Shape(256, 256)),
-        ((700, 500), Shape(192, 320)),
-        ((300, 500), Shape(192, 320)),
-        ((90, 200), Shape(128, 128)),
+        ([item(1300, 1150)] * 3, False),  # 1.13: nothing is cut off, the square would cut 12 %
+        ([item(1188, 1100)] * 3, True),  # 1.08: 4.7 % are cut off, the square cuts 7.4 %
+        ([item(1188, 1100)] * 4, False),  # they fill a batch
+        ([item(1188, 1100), item(1300, 1150)], False),  # it would cost one of them too much
+        ([item(1100, 1010)] * 3, False),  # the square would enlarge them
     ],
 )
-def test_the_size_ids_are_where_the_picture_really_was_cut(
-    size: tuple[int, int], shape: Shape
-) -> None:
-    width, height = size
-    column, row = 0.45 * width, 0.55 * height
-    there = found(fit(marked(width, height, int(column), int(row)), shape).pixels)
-    tall, wide, top, left, *target = size_ids(width, height, shape)
-    scale = max(target[0] / tall, target[1] / wide)
-    assert (wide, tall) == size
-    assert there == pytest.approx((int(row) * scale - top, int(column) * scale - left), abs=1.5)
-    other_top, other_left = kohya_corner(width, height, shape)
-    off = (int(row) * scale - other_top, int(column) * scale - other_left)
-    assert there != pytest.approx(off, abs=8)  # the comparison notices another corner
+def test_images_too_few_for_a_batch_join_their_neighbours(few: list[Item], joins: bool) -> None:
+    own = [shape_of(image.width, image.height, 1024) for image in few]
+    found = placed([*SQUARES, *few], 1024, batch_size=4)
+    assert own == [(960, 1088)] * len(few)
+    assert found.shapes == (*[(1024, 1024)] * 4, *([(1024, 1024)] * len(few) if joins else own))
+    assert found.joined == (len(few) if joins else 0)
 
 
-def test_the_size_ids_of_the_published_example() -> None:
-    assert size_ids(512, 1024, Shape(1024, 1024)) == (1024, 512, 512, 0, 1024, 1024)
+def test_repeats_can_fill_a_batch() -> None:
+    sources = [DataSource(path=Path("a")), DataSource(path=Path("b"), repeats=2)]
+    few = [item(1188, 1100, source=1)] * 3
+    found = assign([*SQUARES, *few], sources, [1024, 1024], step=64, batch_size=4)
+    assert found.joined == 3  # twice each of three needs more than one batch, and fills not two
+    four = assign([*SQUARES, *few, *few[:1]], sources, [1024, 1024], step=64, batch_size=4)
+    assert four.joined == 0
 
 
-def test_an_image_of_the_shape_is_left_as_it_is() -> None:
-    image = noise(128, 64)
-    pixels = fit(image, Shape(64, 128)).pixels
-    assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(image))
-
-
-def test_a_very_long_image_is_never_scaled_whole() -> None:
-    assert fit(Image.new("RGB", (30_000, 1), "red"), Shape(64, 128)).pixels[0].min() == 255
+def test_no_image_joins_a_much_smaller_resolution() -> None:
+    found = placed([item(256, 256)] * 4 + [item(512, 512)], batch_size=4)
+    assert found.joined == 0
