@@ -3,8 +3,7 @@
 A file is written under a temporary name, flushed to the disk and renamed, and the folder is flushed
 after it; a crash at any moment leaves the old file or the new one. A folder is committed the same
 way, with a manifest of sizes and hashes written last, because a valid header proves nothing about
-the bytes behind it. This is the one module with calls that only POSIX has, and their branch for
-Windows.
+the bytes behind it. Calls that only POSIX has are made here alone, beside their branch for Windows.
 """
 
 import errno
@@ -18,7 +17,7 @@ import socket
 import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -88,25 +87,26 @@ def disk_errors(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Opens a binary file that appears at `path`, whole, when the block ends without an error.
 
-    The mode of the file is `0666 & ~umask`. A link at `path` is replaced, not followed.
+    The mode of the file is `0666 & ~umask`. A link at `path` is replaced, not followed. Without
+    `durable` nothing is flushed: a power cut, not a crash, may then leave a file that is cut.
 
     Raises:
         DiskError: the disk is full, or the path may not be written; nothing is left behind.
     """
     temporary = path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
-    with disk_errors(path):
-        try:
-            with temporary.open("xb") as file:
-                yield file
+    with disk_errors(path), ExitStack() as ending:
+        ending.callback(temporary.unlink, missing_ok=True)
+        with temporary.open("xb") as file:
+            yield file
+            if durable:
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
+        temporary.replace(path)
+        if durable:
             _sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,9 +252,8 @@ def require_space(folder: Path, size: int) -> None:
     Raises:
         DiskError: fewer bytes are free.
     """
-    existing = next(
-        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
-    )
+    whole = folder.absolute()
+    existing = next(path for path in (whole, *whole.parents) if path.exists())
     with disk_errors(folder):
         free = shutil.disk_usage(existing).free
     if free < size:

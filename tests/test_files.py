@@ -77,8 +77,9 @@ def test_a_link_is_replaced_and_its_target_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "link").is_symlink()
 
 
+@pytest.mark.parametrize("durable", [True, False])
 def test_the_order_is_flush_rename_flush_of_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
 ) -> None:
     order: list[str] = []
     fsync, replace = os.fsync, Path.replace
@@ -93,9 +94,10 @@ def test_the_order_is_flush_rename_flush_of_the_folder(
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(Path, "replace", noted_replace)
-    with atomic_write(tmp_path / "a") as file:
+    with atomic_write(tmp_path / "a", durable=durable) as file:
         file.write(b"x")
-    assert order == ["file", "rename", "folder"]
+    assert order == (["file", "rename", "folder"] if durable else ["rename"])
+    assert (tmp_path / "a").read_bytes() == b"x"
 
 
 @pytest.mark.parametrize("name", ["no-such-folder/a", "file/a", "folder", "x" * 300])
