@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,10 @@ from eri.printable import printable
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-__all__ = ["VAE", "load_vae"]
+__all__ = ["TILE", "VAE", "load_vae"]
+
+TILE = 512
+"""Side in pixels of the tiles in which large images are taken when the memory is short."""
 
 
 class VAE:
@@ -29,24 +34,71 @@ class VAE:
         self.factor = 2 ** (len(model.config["block_out_channels"]) - 1)
         """Pixels a latent pixel stands for, along each side."""
 
+    def to(self, device: torch.device | str) -> VAE:
+        """Move the weights, in place; returns itself."""
+        self.model.to(device)
+        return self
+
     @torch.no_grad()
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, images: Tensor, tiled: bool = False) -> tuple[Tensor, Tensor]:
         """Encode images to the latent's distribution.
 
         Args:
             images: `[B, 3, H, W]` in [-1, 1]; H and W multiples of `factor`.
+            tiled: see `_tiling`.
 
         Returns:
             Mean and standard deviation, each `[B, 4, H/factor, W/factor]`, scaled.
         """
-        latent = self.model.encode(images.to(self.model.device, self.model.dtype)).latent_dist
+        with self._tiling(tiled):
+            latent = self.model.encode(images.to(self.model.device, self.model.dtype)).latent_dist
         return latent.mean * self.scale, latent.std * self.scale
 
+    def encode_within_memory(self, images: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Encode images whole or, if that runs out of memory, in tiles.
+
+        Returns:
+            As `encode`, and whether it was done in tiles.
+
+        Raises:
+            torch.OutOfMemoryError: the memory does not suffice for a tile either.
+        """
+        try:
+            return *self.encode(images), False
+        except torch.OutOfMemoryError:
+            if max(images.shape[-2:]) <= TILE:  # it is one tile
+                raise
+        torch.cuda.empty_cache()  # outside of `except`, which keeps what the attempt allocated
+        return *self.encode(images, tiled=True), True
+
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode scaled latents `[B, 4, H, W]` to images `[B, 3, H·factor, W·factor]`."""
+    def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
+        """Decode scaled latents `[B, 4, H, W]` to images `[B, 3, H·factor, W·factor]`.
+
+        Args:
+            latents: as `encode` gives them.
+            tiled: see `_tiling`.
+        """
         unscaled = latents.to(self.model.device, self.model.dtype) / self.scale
-        return self.model.decode(unscaled).sample.clamp(-1, 1)
+        with self._tiling(tiled):
+            return self.model.decode(unscaled).sample.clamp(-1, 1)
+
+    @contextmanager
+    def _tiling(self, tiled: bool) -> Iterator[None]:
+        """While it lasts, images larger than `TILE` are taken in overlapping tiles, blended where
+        they meet: the memory of one tile, and slightly other numbers, as a tile's norms and
+        attention see that tile alone.
+        """
+        if not tiled:
+            yield
+            return
+        self.model.tile_sample_min_size = TILE  # its own is a whole image, 1024 for SDXL
+        self.model.tile_latent_min_size = TILE // self.factor
+        self.model.enable_tiling()
+        try:
+            yield
+        finally:
+            self.model.disable_tiling()
 
 
 def load_vae(
