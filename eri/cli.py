@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, cast
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from eri import __version__
-from eri.config import ModelSource, load_config
+from eri.config import Config, ModelSource, load_config, make_config
 from eri.errors import ConfigError, EriError, Stopped
 from eri.printable import printable
 
@@ -57,7 +58,19 @@ def _shared(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file; see configs/.")],
+    config: Annotated[
+        Path | None, typer.Argument(help="A YAML file; see configs/ and eri init.")
+    ] = None,
+    *,
+    model: Annotated[
+        str | None, typer.Option(help="Without a file: demo, a file, a folder or a hub id.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Without a file: a folder of images; repeatable.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Without a file: the folder of the run; runs/<data folder>.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as train.steps=100."),
@@ -75,8 +88,8 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Train a LoRA; run it again to go on with an unfinished run."""
-    settings = load_config(config, set_ or ())
+    """Train a LoRA, from a file or from --model and --data; again to go on with a run."""
+    settings = _settings(config, model, data or [], output=output, overrides=set_ or [])
     from eri.run.train import train as run
 
     run(
@@ -86,6 +99,23 @@ def train(
         restart=restart,
         allow_change=frozenset(allow_change or ()),
     )
+
+
+@app.command()
+def init(
+    data: Annotated[str, typer.Argument(help="A folder of images with their captions.")],
+    model: Annotated[
+        str, typer.Option(help="The base model: demo, a file, a folder or a hub id.")
+    ] = "demo",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file to write; <data folder>.yaml.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Write a short config with a comment on each setting, to begin with."""
+    from eri.run.start import init as write
+
+    _say(write(data, model=model, output=output, overwrite=overwrite))
 
 
 @app.command("export-lora")
@@ -203,6 +233,32 @@ def main() -> NoReturn:
         sys.exit(130)
     except EriError as error:
         _fail(error, debug)
+
+
+def _settings(
+    config: Path | None,
+    model: str | None,
+    data: Sequence[str],
+    *,
+    output: str | None,
+    overrides: Sequence[str],
+) -> Config:
+    """The settings of a run, from a file or from the command line alone."""
+    if config is None and model is not None and data:
+        return make_config(model=model, data=data, output=output, overrides=overrides)
+    if config is None:
+        lacks = "--data is missing" if model else "--model is missing"
+        raise ConfigError(
+            lacks if model or data else "Missing a config, or --model and --data",
+            hint="eri train CONFIG, or eri train --model MODEL --data FOLDER",
+        )
+    if model is not None or data or output is not None:
+        raise ConfigError(
+            "a config and --model, --data or --output are two ways to say the same",
+            where=printable(config),
+            hint="leave the config out, or change its settings with --set, as --set output=FOLDER",
+        )
+    return load_config(config, overrides)
 
 
 def _base_model(**fields: object) -> ModelSource:

@@ -21,12 +21,17 @@ def test_help_names_every_command() -> None:
         done = run_eri(*arguments)
         assert done.returncode == 0
         assert all(
-            verb in done.stdout for verb in ("train", "export-lora", "inspect", "sample", "doctor")
+            verb in done.stdout
+            for verb in ("train", "init", "export-lora", "inspect", "sample", "doctor")
         )
 
 
 SURFACE = {
-    "train": {"--set", "--dry-run", "--restart", "--allow-change"},
+    "train": {
+        *("--model", "--data", "--output", "--set"),
+        *("--dry-run", "--restart", "--allow-change"),
+    },
+    "init": {"--model", "--output", "--overwrite"},
     "export-lora": {"--output", "--format", "--dtype", "--overwrite"},
     "inspect": {"--json"},
     "sample": {
@@ -46,7 +51,11 @@ def test_the_surface_is_what_it_was_agreed_to_be(verb: str, options: set[str]) -
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["train"], ["--version"], ["nonsense"]]
+    "arguments",
+    [
+        *(["--help"], ["train", "--help"], ["init", "--help"], ["--version"]),
+        *(["train"], ["train", "--model", "demo"], ["init"], ["init", "eri"], ["nonsense"]),
+    ],
 )
 def test_help_and_refusals_do_without_torch(arguments: list[str]) -> None:
     script = (
@@ -70,7 +79,15 @@ def test_version() -> None:
     ("arguments", "what"),
     [
         (["bogus"], "No such command 'bogus'"),
-        (["train"], "Missing"),
+        (["train"], "Missing a config, or --model and --data"),
+        (["train", "--model", "demo"], "--data is missing"),
+        (["train", "--data", "x"], "--model is missing"),
+        (["train", "--output", "x"], "Missing a config"),
+        (["train", "a.yaml", "--data", "x"], "two ways to say the same (a.yaml)"),
+        (["train", "a.yaml", "--model", "demo"], "two ways"),
+        (["train", "a.yaml", "--output", "x"], "two ways"),
+        (["train", "--model", "demo", "--data", "", "--set", "train.lr=1"], "data is ''"),
+        (["init"], "Missing argument"),
         (["train", "--bogus"], "No such option: --bogus"),
         (["train", "absent.yaml"], "cannot be read"),
         (["export-lora", "a", "-o", "b", "--format", "zip"], "'zip' is not one of"),

@@ -1,7 +1,7 @@
 """The settings of a run: typed, strict, from YAML and `--set`; nothing else parses settings."""
 
 from eri.config.dump import dump_config, json_schema, trajectory
-from eri.config.load import load_config
+from eri.config.load import load_config, make_config
 from eri.config.schema import TARGETS, Adapter, Config, ModelSource, Sample, Save, Train
 from eri.config.sources import CaptionRules, DataSource
 
@@ -18,5 +18,6 @@ __all__ = [
     "dump_config",
     "json_schema",
     "load_config",
+    "make_config",
     "trajectory",
 ]

@@ -1,15 +1,20 @@
 """A config written out: as YAML that loads back to it, as a schema, and as what a run hangs on."""
 
+import textwrap
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import yaml
 
 from eri.config.schema import Config
+from eri.config.section import Section
 from eri.config.strict_yaml import scalar
 
 __all__ = ["dump_config", "json_schema", "trajectory"]
 
 TEXT_TAG = "tag:yaml.org,2002:str"
+WIDTH = 100
+INDENT = "  "
 
 
 class _Dumper(yaml.SafeDumper):
@@ -28,10 +33,63 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.text)
 
 
-def dump_config(config: Config) -> str:
-    """The config as YAML with every setting; `load_config` reads it back to an equal one."""
-    content = config.model_dump(mode="json")
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+def dump_config(config: Config, *, only: Collection[str] | None = None) -> str:
+    """The config as YAML, each setting below what it means; `load_config` reads it back.
+
+    Args:
+        config: the settings.
+        only: dotted keys of the settings that are written; all of them unless said, and then what
+            is read back is equal to `config`.
+    """
+    return "".join(f"{line}\n" for line in _settings(config, "", only))
+
+
+def _settings(
+    section: Section, prefix: str, only: Collection[str] | None, *, told: bool = True
+) -> Iterator[str]:
+    """The lines of some settings, with what they mean unless that was told already."""
+    content = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        key = f"{prefix}{name}"
+        if not _is_written(key, only):
+            continue
+        if not prefix and name != "model":
+            yield ""  # between the groups
+        if told:
+            yield from textwrap.wrap(
+                field.description or key, WIDTH, initial_indent="# ", subsequent_indent="# "
+            )
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield f"{name}:"
+            below = _settings(value, f"{key}.", only, told=told)
+            yield from (f"{INDENT}{line}" for line in below)
+        elif isinstance(value, tuple) and value and isinstance(value[0], Section):
+            yield f"{name}:"
+            for number, part in enumerate(value):
+                yield from _list_item(_settings(part, f"{key}.", only, told=told and number == 0))
+        else:
+            yield from _written({name: content[name]})
+
+
+def _is_written(key: str, only: Collection[str] | None) -> bool:
+    return only is None or any(f"{wanted}.".startswith(f"{key}.") for wanted in only)
+
+
+def _list_item(lines: Iterator[str]) -> Iterator[str]:
+    """A mapping as an item of a list: the dash stands before its first key."""
+    dash = "- "
+    for line in lines:
+        if dash == "- " and line.startswith("#"):
+            yield line  # a line with nothing but a dash would be odd to read
+        else:
+            yield f"{dash}{line}"
+            dash = INDENT
+
+
+def _written(content: dict[str, Any]) -> list[str]:
+    text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=WIDTH)
+    return text.removesuffix("\n").split("\n")  # other line breaks are escaped in quoted texts
 
 
 def json_schema() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from eri.config.strict_yaml import Document, KeyPath, Problem, parse
 from eri.errors import ConfigError
 from eri.printable import printable
 
-__all__ = ["load_config"]
+__all__ = ["load_config", "make_config"]
 
 MAX_BYTES = 1_000_000
 PROMPT_SETTINGS = (("sample", "prompts"), ("sample", "negative"))
@@ -41,12 +41,42 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(document.value, dict):
         raise _not_a_mapping(document.value, document.place(()))
     document.places[()] = name
+    return _checked(document, document.value, name, overrides)
+
+
+def make_config(
+    *, model: str, data: Sequence[str], output: str | None = None, overrides: Sequence[str] = ()
+) -> Config:
+    """Checks a config that was given on the command line: what a file of these keys would mean.
+
+    Args:
+        model: as the setting.
+        data: folders of images, at least one.
+        output: as the setting; derived unless said.
+        overrides: as for `load_config`.
+
+    Raises:
+        ConfigError: settings cannot be used; all of them are named, each with its option.
+    """
+    settings: dict[str, object] = {"model": model}
+    settings["data"] = data[0] if len(data) == 1 else [{"path": folder} for folder in data]
+    if output is not None:
+        settings["output"] = output
+    places: dict[KeyPath, str] = {(): "the command line"}
+    places |= {(key,): f"--{key}" for key in settings}
+    document = Document(value=settings, places=places)
+    return _checked(document, settings, "the command line", overrides)
+
+
+def _checked(
+    document: Document, settings: dict[str, object], name: str, overrides: Sequence[str]
+) -> Config:
     for override in overrides:
-        _override(document, document.value, override)
+        _override(document, settings, override)
     _warn_of_comments(document)
     config, problems = None, {}
     try:
-        config = Config.model_validate(document.value)
+        config = Config.model_validate(settings)
     except ValidationError as error:
         problems = schema_problems(error, document)
     if config is None or document.problems:

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import torch
 
-from eri.errors import OccupiedError
-from eri.files import disk_errors
 from eri.formats.adapter_file import Dialect, read_adapter, underflow
 from eri.formats.metadata import without_data
 from eri.printable import printable
 from eri.run.adapter_files import find_adapter, layers_in, write_verified
+from eri.run.folder import refuse_existing
 
-__all__ = ["export", "refuse_existing"]
+__all__ = ["export"]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LOST_SHARE_TOLD = 0.01  # of an adapter's numbers becoming zero in the smaller type
@@ -54,24 +53,3 @@ def export(source: Path, output: Path, *, dialect: Dialect, precision: str, over
     if lost > LOST_SHARE_TOLD:
         said += f"\nwarning: {100 * lost:.1f} % of its numbers became 0; --dtype fp32 keeps them"
     return said
-
-
-def refuse_existing(output: Path, overwrite: bool) -> None:
-    """Refuse an output that exists, and make the folder that it will stand in.
-
-    Raises:
-        OccupiedError: it is a folder, or a file that may not be replaced.
-        DiskError: its folder cannot be made.
-    """
-    if output.is_dir():
-        raise OccupiedError(
-            "a folder stands where the output would", where=printable(output), hint="choose a name"
-        )
-    if output.exists() and not overwrite:
-        raise OccupiedError(
-            "the output exists already",
-            where=printable(output),
-            hint="choose another name, or add --overwrite",
-        )
-    with disk_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)

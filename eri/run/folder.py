@@ -1,4 +1,4 @@
-"""The folder of a run: whether it may be used, made, locked, and a new one beside an old."""
+"""Where a verb writes: whether it may, and a run's folder made, locked, or a new one beside it."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from eri.errors import DiskError, OccupiedError
 from eri.files import LOCK_FILE, disk_errors, lock, sweep_staging
 from eri.printable import printable
 
-__all__ = ["claim", "own"]
+__all__ = ["claim", "own", "refuse_existing"]
 
 
 def claim(config: Config, restart: bool) -> Config:
@@ -59,3 +59,24 @@ def own(folder: Path) -> Iterator[None]:
             if part.is_dir():
                 sweep_staging(part)
         yield
+
+
+def refuse_existing(output: Path, overwrite: bool) -> None:
+    """Refuse an output that exists, and make the folder that it will stand in.
+
+    Raises:
+        OccupiedError: it is a folder, or a file that may not be replaced.
+        DiskError: its folder cannot be made.
+    """
+    if output.is_dir():
+        raise OccupiedError(
+            "a folder stands where the output would", where=printable(output), hint="choose a name"
+        )
+    if output.exists() and not overwrite:
+        raise OccupiedError(
+            "the output exists already",
+            where=printable(output),
+            hint="choose another name, or add --overwrite",
+        )
+    with disk_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)

@@ -11,10 +11,10 @@ from eri.formats.header import read_header
 from eri.formats.prediction_hints import file_hint
 from eri.printable import printable
 from eri.run.adapter_files import CONFIG, find_adapter
-from eri.run.base import BaseFacts, load_base, look_at
-from eri.run.conditions import guide
+from eri.run.base import BaseFacts, look_at
 from eri.run.device import choose_device, choose_dtype
-from eri.run.export import refuse_existing
+from eri.run.encoding import Reader
+from eri.run.folder import refuse_existing
 from eri.run.memory import memory_errors
 from eri.run.prediction import Choice, choose, schedule_of
 from eri.run.preview import Painter, save_png
@@ -60,13 +60,16 @@ def draw(drawing: Drawing, output: Path, *, overwrite: bool = False) -> str:
             where=facts.name,
         )
     device = choose_device()
+    dtype = choose_dtype("auto", device)
     with memory_errors():
-        base = load_base(facts, dtype=choose_dtype("auto", device), device=device)
+        with Reader(facts, dtype=dtype, device=device) as reader:
+            guides = [reader.guide(prompt, drawing.negative) for prompt in drawing.prompts]
+        unet = facts.load_unet(dtype=dtype, device=device)
         if adapter is not None:
-            load_adapter(base.unet, adapter).set_strength(drawing.strength)
+            load_adapter(unet, adapter).set_strength(drawing.strength)
         painter = Painter(
-            unet=base.unet,
-            vae=base.vae,
+            unet=unet,
+            vae=facts.load_vae(),
             schedule=schedule_of(facts.noise, choice),
             sampler=drawing.sampler,
             steps=drawing.steps,
@@ -74,8 +77,7 @@ def draw(drawing: Drawing, output: Path, *, overwrite: bool = False) -> str:
             seed=drawing.seed,
         )
         pictures = [
-            painter.paint(*guide(base.text, prompt, drawing.negative), size=size, number=number)
-            for number, prompt in enumerate(drawing.prompts)
+            painter.paint(*both, size=size, number=number) for number, both in enumerate(guides)
         ]
     one = len(pictures) == 1
     save_png(pictures[0] if one else contact_sheet([("", pictures)], drawing.prompts), output)

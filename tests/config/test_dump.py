@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from eri.config import Config, dump_config, load_config, trajectory
+from eri.config.section import settings
 
 WORDS = """
 no on null ~ true 1e-4 1E5 010 0o17 0x1F .5 .inf -.INF .nan 12:30:45 2026-11-20 1_000 = <<
@@ -27,7 +28,10 @@ def config(**sections: object) -> Config:
 def test_what_is_written_loads_back(tmp_path: Path) -> None:
     original = config(
         model="1e-4",
-        data=[{"path": "no", "resolution": 768, "validation": "held out"}, {"path": "2"}],
+        data=[
+            {"path": "no", "resolution": 768, "validation": "held out"},
+            {"path": "2", "flip": True, "caption": {"trigger": "# a", "shuffle_tags": True}},
+        ],
         output="runs/null",
         adapter={"rank": 4, "alpha": 0.1},
         train={"lr": 3e-7, "max_grad_norm": None, "steps": 10, "weight_decay": 1e-22},
@@ -51,9 +55,42 @@ def test_numbers_survive_to_the_last_bit(tmp_path: Path) -> None:
 
 def test_the_written_file_reads_well() -> None:
     lines = dump_config(config()).splitlines()
-    assert lines[:3] == ["model:", "  path: demo", "  vae: null"]
-    assert lines[lines.index("data:") + 1] == "- path: photos"
-    assert "  lr: 0.0001" in lines
+    assert lines[:2] == ["# base model: a path, or a mapping", "model:"]
+    assert lines[lines.index("  lr: 0.0001") - 1] == "  # learning rate at its highest"
+    assert lines[lines.index("data:") + 1].startswith("# folder of images, searched")
+    assert "- path: photos" in lines
+    assert max(map(len, lines)) <= 105  # a comment of 100 below two groups
+
+
+def test_every_setting_stands_below_what_it_means() -> None:
+    text = " ".join(line.strip(" #") for line in dump_config(config()).splitlines())
+    for path, field in settings(Config):
+        dash = "- " if path == ("data", "path") else ""
+        assert f"{field.description} {dash}{path[-1]}:" in text
+
+
+def test_several_folders_are_explained_once() -> None:
+    text = dump_config(config(data=[{"path": "a"}, {"path": "b", "repeats": 3}]))
+    assert text.count("# times that an epoch shows each of the images") == 1
+    assert "- path: b\n  repeats: 3\n" in text
+
+
+def test_comments_behind_prompts_are_not_taken_for_a_part_of_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = config(sample={"prompts": ["a", "b"], "negative": "c"})
+    assert loaded(dump_config(original), tmp_path) == original
+    assert not caplog.records
+
+
+def test_only_some_settings_can_be_written(tmp_path: Path) -> None:
+    original = config(data=[{"path": "a", "caption": {"trigger": "x", "drop": 0.5}}])
+    text = dump_config(original, only=["model.path", "data.path", "data.caption.trigger"])
+    lines = [line for line in text.splitlines() if line and "#" not in line]
+    assert lines == [
+        *("model:", "  path: demo", "data:", "- path: a", "  caption:", "    trigger: x"),
+    ]
+    assert loaded(text, tmp_path).data[0].caption.drop == 0.0
 
 
 def test_the_trajectory_is_what_changes_the_numbers() -> None:

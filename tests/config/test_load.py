@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from eri.config import Config, load_config
+from eri.config import Config, load_config, make_config
 from eri.errors import ConfigError
 
 START = "model: demo\ndata: photos/\n"
@@ -292,3 +292,34 @@ def test_a_comment_in_a_prompt_is_warned_of(
     with caplog.at_level(logging.WARNING):
         load(START + text)
     assert [record.getMessage().split(": ")[0] for record in caplog.records] == warned
+
+
+class TestWithoutAFile:
+    """`make_config`."""
+
+    def test_it_is_what_a_file_of_two_lines_means(self, folder: Path) -> None:
+        assert make_config(model="demo", data=["photos/"]) == load(START)
+        changed = make_config(
+            model="a: b", data=["x", "y"], output="runs/z", overrides=["train.lr=2"]
+        )
+        text = "model: 'a: b'\ndata: [{path: x}, {path: y}]\noutput: runs/z\ntrain: {lr: 2}\n"
+        assert changed == load(text)
+
+    @pytest.mark.parametrize(
+        ("arguments", "overrides", "where", "words"),
+        [
+            ({"model": ""}, [], "--model", "model is ''; allowed: a path"),
+            ({"data": [""]}, [], "--data", "data is ''; allowed: a path"),
+            ({"data": ["a", "~/b"]}, [], "--data", "data.1.path is '~/b'; allowed: the whole path"),
+            ({"output": "runs/.."}, [], "--output", "output is 'runs/..'; allowed: a folder whose"),
+            ({}, ["train.lrate=1"], "--set train.lrate", "did you mean train.lr?"),
+            ({}, ["model.path=x"], "--set model.path", "below a value that is not a mapping"),
+        ],
+    )
+    def test_what_is_wrong_is_named_with_its_option(
+        self, arguments: dict, overrides: list[str], where: str, words: str
+    ) -> None:
+        with pytest.raises(ConfigError) as caught:
+            make_config(**{"model": "demo", "data": ["x"]} | arguments, overrides=overrides)
+        assert caught.value.where == where
+        assert words in caught.value.what

@@ -6,7 +6,7 @@ import pytest
 
 from eri.config import Config
 from eri.errors import DiskError, OccupiedError
-from eri.run.folder import claim, own
+from eri.run.folder import claim, own, refuse_existing
 
 
 def test_a_free_place_is_taken_as_it_is_and_nothing_is_written(config: Config) -> None:
@@ -54,3 +54,15 @@ def test_a_place_that_may_not_be_written_is_refused_before_anything_slow(
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(DiskError, match="may not be written"):
         claim(deep, restart=False)
+
+
+def test_an_output_is_replaced_only_if_that_was_said(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "a.png"
+    refuse_existing(output, False)
+    assert output.parent.is_dir() and not output.exists()
+    output.touch()
+    refuse_existing(output, True)
+    with pytest.raises(OccupiedError, match="exists already"):
+        refuse_existing(output, False)
+    with pytest.raises(OccupiedError, match="a folder stands"):
+        refuse_existing(output.parent, True)
