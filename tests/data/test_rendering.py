@@ -1,5 +1,6 @@
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -11,14 +12,14 @@ SYNTAX = "(a cat:1.2) {red|blue} [x] \\( a|b # {, }\n  two ,, lines "
 NO_SYNTAX = ["", "a fox", SYNTAX, "[trigger] fox", "  kept  "]
 
 
-def texts(captions: list[str] | str, count: int = 400, *, seed: int = 0, **rules) -> list[str]:
+def texts(captions: list[str] | str, count: int = 400, *, seed: int = 0, **rules: Any) -> list[str]:
     """The captions of the first samples of a run."""
     captions = [captions] if isinstance(captions, str) else captions
     made = CaptionRules(**rules)
     return [caption_of(captions, made, seed=seed, sample=sample) for sample in range(count)]
 
 
-def plain(caption: str, *, regularization: bool = False, **rules) -> str:
+def plain(caption: str, *, regularization: bool = False, **rules: Any) -> str:
     made = CaptionRules(**rules)
     text = plain_caption([caption], made, regularization=regularization)
     sampled = caption_of([caption], made, seed=0, sample=0, regularization=regularization)
@@ -64,6 +65,7 @@ def test_prefix_and_suffix(prefix: str, caption: str, suffix: str, text: str) ->
         ("an OHWX, in snow", {}, "an OHWX, in snow"),
         ("ohwx's fox", {}, "ohwx's fox"),
         ("ohwxes", {}, "ohwx, ohwxes"),
+        ("preohwx", {}, "ohwx, preohwx"),
         ("pre[trigger]post", {}, "preohwxpost"),
         ("", {}, "ohwx"),
         (" \n", {}, "ohwx"),
