@@ -10,50 +10,40 @@ from eri.diffusion import NoiseSchedule, denoising_loss
 from eri.models.unet import UNet
 from eri.rng import generator, normal
 from eri.run.conditions import Condition, Conditions, stack
+from eri.run.micro_batch import Sample, SampleBatch
 
-__all__ = ["Objective", "Sample", "SampleBatch", "ValidationLoss", "conditions_of", "validate"]
+__all__ = [
+    "Objective",
+    "Sample",
+    "SampleBatch",
+    "ValidationLoss",
+    "conditions_of",
+    "pixel_weights",
+    "validate",
+]
 
 VALIDATION_TIMESTEPS = 8
 VALIDATION_NOISES = 4
 
 
-@dataclass(frozen=True)
-class Sample:
-    """An image as the net is trained on it."""
-
-    file: str
-    mean: Tensor  # of its latent, [C, H, W]
-    std: Tensor  # [C, H, W]
-    context: Tensor  # text states of its caption, [S, K]
-    pooled: Tensor | None = None  # of its caption, [P]; SDXL
-    time_ids: Tensor | None = None  # how it was scaled and cut, float32 [6]; SDXL
-
-    @property
-    def condition(self) -> Condition:
-        """Of its caption."""
-        return Condition(self.context, self.pooled)
-
-
-@dataclass(frozen=True)
-class SampleBatch:
-    """Samples of one shape, and each one's number among all samples of the run."""
-
-    samples: Sequence[Sample]
-    numbers: Sequence[int]
-
-    @property
-    def files(self) -> list[str]:
-        """The file of each sample."""
-        return [sample.file for sample in self.samples]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-
 def conditions_of(unet: UNet, samples: Sequence[Sample]) -> Conditions:
     """What the U-Net is told of some samples, as one batch on its device."""
-    conditions = [sample.condition for sample in samples]
+    conditions = [Condition(sample.context, sample.pooled) for sample in samples]
     return stack(unet, conditions, [sample.time_ids for sample in samples])
+
+
+def pixel_weights(samples: Sequence[Sample]) -> Tensor | None:
+    """What each pixel of their latents weighs in the loss, `[B, 1, H, W]`; None: all alike.
+
+    A mask's white weighs 1 and its black the sample's `unmasked_weight`.
+    """
+    if all(sample.mask is None for sample in samples):
+        return None
+    weights = []
+    for sample in samples:
+        mask = torch.ones_like(sample.mean[:1]) if sample.mask is None else sample.mask
+        weights.append(mask + sample.unmasked_weight * (1 - mask))
+    return torch.stack(weights)
 
 
 class Objective:
@@ -76,30 +66,54 @@ class Objective:
         self.drops = drops
 
     def __call__(self, batch: SampleBatch) -> Tensor:
-        """The loss of each sample, float32 `[B]`."""
+        """The loss of each sample, times its weight, float32 `[B]`."""
         shape = tuple(batch.samples[0].mean.shape)
         mean = torch.stack([sample.mean for sample in batch.samples])
         std = torch.stack([sample.std for sample in batch.samples])
-        latents = mean + std * normal(shape, self.seed, "latent", samples=batch.numbers)
+        draws = normal(shape, self.seed, "latent", samples=batch.numbers)
+        latents = mean + std * draws.to(mean.device)
         noise = normal(shape, self.seed, "noise", samples=batch.numbers)
         timesteps = torch.stack([self._timestep(number) for number in batch.numbers])
         if self.drops:
             draws = generator(self.seed, "dropout", sample=batch.numbers[0])
             torch.manual_seed(draws.initial_seed())
         conditions = conditions_of(self.unet, batch.samples)
-        return self.loss_at(latents, noise, timesteps, conditions)
+        weights = pixel_weights(batch.samples)
+        loss = self.loss_at(latents, noise, timesteps, conditions, weights=weights)
+        return loss * torch.tensor([sample.weight for sample in batch.samples], device=loss.device)
 
     def loss_at(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditions: Conditions
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        conditions: Conditions,
+        *,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        """The loss of latents `[B, C, H, W]` with these draws, float32 `[B]`."""
+        """The loss of latents `[B, C, H, W]` with these draws, float32 `[B]`.
+
+        Args:
+            latents: x_0.
+            noise: ε, of their shape.
+            timesteps: t `[B]`.
+            conditions: what the U-Net is told.
+            weights: of each pixel of a latent, `[B, 1, H, W]`; None: all alike.
+        """
         unet = self.unet
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             return unet(x.to(unet.dtype), t, *conditions)
 
         latents, noise = latents.to(unet.device), noise.to(unet.device)
-        return denoising_loss(predict, latents, noise, timesteps.to(unet.device), self.schedule)
+        return denoising_loss(
+            predict,
+            latents,
+            noise,
+            timesteps.to(unet.device),
+            self.schedule,
+            weights=None if weights is None else weights.to(unet.device),
+        )
 
     def _timestep(self, number: int) -> Tensor:
         draws = generator(self.seed, "timestep", sample=number)
@@ -133,6 +147,7 @@ def _held_out(objective: Objective, sample: Sample, timesteps: Tensor) -> Tensor
     """The loss of one image at each timestep, `[8]` on the CPU, averaged over the noises."""
     shape, count = tuple(sample.mean.shape), len(timesteps)
     conditions = conditions_of(objective.unet, [sample] * count)
+    weights = pixel_weights([sample] * count)
     noises = normal(shape, 0, "validation", samples=range(VALIDATION_NOISES))
     losses = [
         objective.loss_at(
@@ -140,6 +155,7 @@ def _held_out(objective: Objective, sample: Sample, timesteps: Tensor) -> Tensor
             noise.expand(count, *shape),
             timesteps,
             conditions,
+            weights=weights,
         )
         for noise in noises
     ]

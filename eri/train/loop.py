@@ -1,6 +1,6 @@
 """The training loop, on one screen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -17,7 +17,6 @@ class Plan:
     """What the loop has to know of a run's settings."""
 
     steps: int
-    accumulate: int  # micro-batches in a step
     lr: float
     schedule: str
     warmup: int  # steps
@@ -31,7 +30,7 @@ def train(
     state: TrainState,
     *,
     loss: Loss,
-    batch: Callable[[int], MicroBatch],
+    batches: Callable[[int], Sequence[MicroBatch]],
     log: Log,
     sample: Callable[[int], object],
     save: Callable[[], None],
@@ -43,7 +42,7 @@ def train(
         plan: the settings.
         state: what is trained, at the step to go on from.
         loss: the loss of each sample of a micro-batch.
-        batch: micro-batch number n of the run; a pure function.
+        batches: the micro-batches of a step, counted from 0; a pure function.
         log: is told of every step.
         sample: draws the previews of a step; those of the last step are the caller's.
         save: writes the state to disk, unless its step is there already.
@@ -51,16 +50,15 @@ def train(
     """
     while state.step < plan.steps and not stop():
         began = perf_counter()
-        first = state.step * plan.accumulate
-        batches = [batch(first + n) for n in range(plan.accumulate)]
+        micro_batches = batches(state.step)
         lr = learning_rate(
             plan.lr, plan.schedule, step=state.step, steps=plan.steps, warmup=plan.warmup
         )
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        numbers = update(state, loss, batches, plan.max_grad_norm)
+        numbers = update(state, loss, micro_batches, plan.max_grad_norm)
         state.step += 1
-        log.step(state.step, numbers, lr=lr, seconds=perf_counter() - began, batches=batches)
+        log.step(state.step, numbers, lr=lr, seconds=perf_counter() - began, batches=micro_batches)
 
         if _due(plan.save_every, state.step) or state.step == plan.steps:
             save()

@@ -134,3 +134,84 @@ def test_validation_leaves_training_on(objective: Objective) -> None:
     objective.unet.train()
     validate(objective, SAMPLES[:1])
     assert objective.unet.training
+
+
+LEFT = torch.zeros(1, 8, 8)
+LEFT[..., :4] = 1
+
+
+def masked(number: int, mask: torch.Tensor | None, unmasked_weight: float = 0.0) -> Sample:
+    return replace(SAMPLES[number], mask=mask, unmasked_weight=unmasked_weight)
+
+
+@pytest.mark.parametrize("measure", ["trained", "held out"])
+def test_a_mask_chooses_what_counts(objective: Objective, measure: str) -> None:
+    def loss(mask: torch.Tensor | None, unmasked_weight: float = 0.0) -> float:
+        sample = masked(0, mask, unmasked_weight)
+        if measure == "held out":
+            return validate(objective, [sample]).mean
+        return objective(SampleBatch([sample], range(1))).item()
+
+    whole, left, right = loss(None), loss(LEFT), loss(1 - LEFT)
+    assert left != pytest.approx(right, rel=1e-3)
+    assert whole == pytest.approx((left + right) / 2, rel=1e-5)
+    assert loss(LEFT, 0.5) == pytest.approx((left + right / 2) / 1.5, rel=1e-5)
+    assert loss(torch.full_like(LEFT, 0.25), 0.5) == pytest.approx(whole, rel=1e-5)
+
+
+def test_beside_a_masked_sample_the_others_count_whole(objective: Objective) -> None:
+    alone = objective(SampleBatch([SAMPLES[1]], range(1, 2)))
+    beside = objective(SampleBatch([masked(0, LEFT), SAMPLES[1]], range(2)))
+    torch.testing.assert_close(beside[1:], alone)
+
+
+def test_without_masks_and_weights_the_loss_is_the_plain_one_bit_for_bit(
+    objective: Objective,
+) -> None:
+    numbers = range(3)
+    latents = torch.stack([s.mean for s in SAMPLES[:3]]) + 0.1 * normal(
+        (4, 8, 8), 0, "latent", samples=numbers
+    )
+    draws = [generator(0, "timestep", sample=number) for number in numbers]
+    context = torch.stack([sample.context for sample in SAMPLES[:3]])
+    plain = denoising_loss(
+        lambda x, t: objective.unet(x, t, context),
+        latents,
+        normal((4, 8, 8), 0, "noise", samples=numbers),
+        torch.stack([torch.randint(1000, (), generator=draw) for draw in draws]),
+        NoiseSchedule(),
+    )
+    assert torch.equal(objective(SampleBatch(SAMPLES[:3], numbers)), plain)
+
+
+def test_a_samples_weight_is_a_factor_of_its_loss_in_training_alone(objective: Objective) -> None:
+    twice = [replace(SAMPLES[0], weight=2.0), SAMPLES[1]]
+    before = objective(SampleBatch(SAMPLES[:2], range(2)))
+    after = objective(SampleBatch(twice, range(2)))
+    assert torch.equal(after, before * torch.tensor([2.0, 1.0]))
+    assert validate(objective, twice) == validate(objective, SAMPLES[:2])
+
+
+def test_micro_batches_learn_what_the_whole_batch_does(sd15: Path) -> None:
+    samples = [
+        replace(masked(0, LEFT), weight=2.0),
+        masked(1, None),
+        replace(masked(2, 1 - LEFT, 0.5), weight=0.25),
+        masked(3, torch.zeros_like(LEFT)),
+    ]
+
+    def gradient(*cuts: slice) -> torch.Tensor:
+        unet = load_unet(sd15)
+        (first, *_) = list(attach(unet, rank=2).layers.values())
+        torch.nn.init.ones_(first.lora_b.weight)
+        objective = Objective(unet, NoiseSchedule(), seed=0, drops=False)
+        for cut in cuts:
+            batch = SampleBatch(samples[cut], range(4)[cut])
+            (objective(batch).sum() / len(samples)).backward()
+        found = first.lora_a.weight.grad
+        assert found is not None
+        return found
+
+    whole = gradient(slice(4))
+    assert whole.norm() > 0
+    torch.testing.assert_close(gradient(slice(1), slice(1, 4)), whole)
