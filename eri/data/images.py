@@ -3,19 +3,21 @@
 The file's content decides its format, not its name. The size is read from the header before any
 pixel is decoded, every pixel is decoded (a cut file is an error, never grey), and every mode is
 turned to RGB on purpose: orientation applied, CMYK through its profile, 16 bits scaled and not
-clipped, transparency laid on white.
+clipped, transparency laid on a background. Large images are decoded one at a time, whatever the
+number of threads.
 """
 
 import errno
 import hashlib
 import os
 import stat
+import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -23,13 +25,29 @@ from PIL import Image, ImageCms, ImageOps
 from eri.errors import DataError
 from eri.printable import printable
 
-__all__ = ["PIXEL_CAP", "Decoded", "decode", "open_regular", "pillow_warnings_ignored"]
+__all__ = [
+    "Decoded",
+    "HashedFile",
+    "alpha_of",
+    "decode",
+    "decode_open",
+    "hashed",
+    "open_regular",
+    "pillow_warnings_ignored",
+    "too_large",
+]
+
+Result = TypeVar("Result")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
 """Pillow's readers that may see a file; it has many more, some of which start other programs."""
 
-PIXEL_CAP = 100_000_000
-"""The most pixels that an image may have; a small file can decode to gigabytes."""
+ANEW = "copy it again, or save it anew"
+WHITE = "#ffffff"
+LARGE = 25_000_000  # pixels; with its copies such an image takes a gigabyte
+LARGE_ONES = threading.Lock()
+PILLOWS_LIMIT = threading.Lock()
+STDERR = threading.Lock()
 
 DISGUISES = (
     (b"version https://git-lfs", "a git-lfs pointer, not the image; run `git lfs pull`"),
@@ -47,30 +65,89 @@ DISGUISES = (
 """What a file is instead of an image, by how it begins in lower case."""
 
 
-class Decoded(NamedTuple):
-    """An image in RGB, upright, and the SHA-256 of the bytes it was read from, in hex."""
+BEGINNINGS = (b"\xff\xd8\xff", b"\x89png", b"gif8", b"riff", b"ii*\0", b"mm\0*")
+"""How files of the known formats begin, in lower case."""
 
-    image: Image.Image
+
+class UnsupportedError(ValueError):
+    """An image that is whole and of a kind that is not read; says what to do."""
+
+
+class HashedFile(NamedTuple):
+    """An open file and the SHA-256 of its bytes, in hex."""
+
+    path: Path
+    stream: BufferedReader
     sha256: str
 
 
-def decode(path: Path, *, pixel_cap: int = PIXEL_CAP) -> Decoded:
+class Decoded(NamedTuple):
+    """What an image file holds.
+
+    Args:
+        image: RGB, upright.
+        sha256: of the bytes that it was read from, in hex.
+        transparent: whether any of it shows the background.
+        frames: of an animation, whose first one this is; pages of a TIFF; 1 of all others.
+        invisible: whether all of it is the background.
+    """
+
+    image: Image.Image
+    sha256: str
+    transparent: bool
+    frames: int
+    invisible: bool
+
+
+def decode(path: Path, *, pixel_cap: int, background: str = WHITE) -> Decoded:
     """Reads an image file to the last pixel; of an animation, the first frame.
+
+    Args:
+        path: of the file.
+        pixel_cap: the most pixels it may have; of a checked image, `width * height`.
+        background: what its transparent parts are laid on, "#rrggbb".
 
     Raises:
         DataError: the file cannot be opened, is no image of a known format, is damaged, or has more
             than `pixel_cap` pixels; names the file.
     """
-    with open_regular(path) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0)
+    with hashed(path) as file:
+        return decode_open(file, pixel_cap=pixel_cap, background=background)
+
+
+def decode_open(file: HashedFile, *, pixel_cap: int, background: str = WHITE) -> Decoded:
+    """`decode` for a file that is open and hashed."""
+
+    def use(image: Image.Image) -> Decoded:
+        pixels, (least, most) = _rgb(image, background)
+        return Decoded(pixels, file.sha256, least < 255, _frames(image), most == 0)
+
+    return _read(file, pixel_cap, use)
+
+
+def alpha_of(file: HashedFile, *, pixel_cap: int) -> Image.Image:
+    """How visible each pixel of an upright image is, as mode L: 255 where it is opaque.
+
+    Raises:
+        DataError: as `decode` does.
+    """
+    return _read(file, pixel_cap, _alpha)
+
+
+@contextmanager
+def hashed(path: Path) -> Iterator[HashedFile]:
+    """Opens a file and hashes it, before anything looks into it.
+
+    Raises:
+        DataError: it cannot be opened or read, or is a pipe, a device or a folder; names it.
+    """
+    with open_regular(path) as stream:
         try:
-            return Decoded(_pixels(file, pixel_cap), digest)
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            what = f"more than {pixel_cap // 1_000_000} million pixels; scale it down"
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            what = f"cannot be read: {error.strerror}; copy it to another disk"
             raise DataError(what, where=printable(path)) from error
-        except Exception as error:  # Pillow's decoders raise whatever they stumble over
-            raise DataError(_reason(file, error), where=printable(path)) from error
+        yield HashedFile(path, stream, digest)
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -82,19 +159,28 @@ def open_regular(path: Path) -> BufferedReader:
     try:
         if stat.S_ISREG(path.stat().st_mode):
             return path.open("rb")
-        what = "not a regular file"
+        what = "not a regular file; remove it"
     except OSError as error:
-        what = f"cannot be opened: {error.strerror}"
+        what = f"cannot be opened: {error.strerror}; make it readable, or remove it"
         if error.errno == errno.ELOOP:
-            what = "a link that leads in a circle"
+            what = "a link that leads in a circle; remove it"
         elif path.is_symlink():
-            what = f"a link to '{printable(os.readlink(path))}', which cannot be opened"
+            target = printable(os.readlink(path))
+            what = f"a link to '{target}', which cannot be opened; remove it"
     raise DataError(what, where=printable(path))
+
+
+def too_large(width: int, height: int, pixel_cap: int) -> str:
+    """The reason why an image of more than `pixel_cap` pixels is refused."""
+    return (
+        f"{width} x {height} are more than {pixel_cap / 1_000_000:g} million pixels; "
+        "scale it down, or raise max_megapixels"
+    )
 
 
 @contextmanager
 def pillow_warnings_ignored() -> Iterator[None]:
-    """Keeps Pillow's warnings, of odd metadata and of sizes below our own limit, off the screen.
+    """Keeps Pillow's warnings, of odd metadata, off the screen.
 
     Warnings are a matter of the whole process, so this goes around all the threads that decode.
     """
@@ -103,29 +189,94 @@ def pillow_warnings_ignored() -> Iterator[None]:
         yield
 
 
-def _pixels(file: BufferedReader, pixel_cap: int) -> Image.Image:
-    with Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > pixel_cap:
-            raise Image.DecompressionBombError  # as Pillow does for much larger ones
-        return _rgb(ImageOps.exif_transpose(image))
+def _read(file: HashedFile, pixel_cap: int, use: Callable[[Image.Image], Result]) -> Result:
+    """What `use` makes of the upright image in a file."""
+    where = printable(file.path)
+    try:
+        with _opened(file.stream) as image:
+            pixels = image.width * image.height
+            if pixels > pixel_cap:
+                raise DataError(too_large(*image.size, pixel_cap), where=where)
+            alone = LARGE_ONES if pixels > LARGE else nullcontext()
+            silence = _stderr_closed() if image.format == "TIFF" else nullcontext()
+            with alone, silence:
+                ImageOps.exif_transpose(image, in_place=True)
+                return use(image)
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        raise DataError(_reason(file.stream, error), where=where) from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return _from_16_bits(image)
+def _opened(stream: BufferedReader) -> Image.Image:
+    stream.seek(0)
+    with PILLOWS_LIMIT:  # of sizes: one for the whole process, and not the source's own
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(stream, formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+@contextmanager
+def _stderr_closed() -> Iterator[None]:
+    """Keeps libtiff silent, which writes to stderr by itself; Pillow raises errors all the same."""
+    with STDERR:
+        try:
+            screen = os.dup(2)
+        except OSError:  # there is none
+            yield
+            return
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(screen, 2)
+            os.close(screen)
+
+
+def _frames(image: Image.Image) -> int:
+    if image.format == "MPO":  # a photo with a second view or a thumbnail in it
+        return 1
+    return getattr(image, "n_frames", 1)
+
+
+def _rgb(image: Image.Image, background: str) -> tuple[Image.Image, tuple[int, int]]:
+    """RGB pixels, and how visible the least and the most visible of them are (0 to 255)."""
     if image.mode in {"I", "F"}:
-        raise ValueError(f"32-bit pixels (mode {image.mode}); save it with 8 or 16 bits")
+        raise UnsupportedError(f"32-bit pixels (mode {image.mode}); save it with 8 or 16 bits")
     if image.mode == "CMYK":
-        return _from_cmyk(image)
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+        return _from_cmyk(image), (255, 255)
+    image = _to_8_bits(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB"), (255, 255)
+    layered = image if image.mode == "RGBA" else image.convert("RGBA")
+    least, most = layered.getchannel("A").getextrema()
+    if not isinstance(least, int) or not isinstance(most, int):
+        raise TypeError("an alpha channel of more than 8 bits")
+    if least < 255:
+        layered = Image.alpha_composite(Image.new("RGBA", image.size, background), layered)
+    return layered.convert("RGB"), (least, most)
 
 
-def _from_16_bits(image: Image.Image) -> Image.Image:
+def _alpha(image: Image.Image) -> Image.Image:
+    image = _to_8_bits(image)
+    if not image.has_transparency_data:
+        return Image.new("L", image.size, 255)
+    return image.convert("RGBA").getchannel("A")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """16 bits scaled to 8, with the one transparent value that such a PNG may name."""
+    if not image.mode.startswith("I;16"):
+        return image
     values = np.asarray(image).astype(np.uint32)
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    grey = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    hidden = image.info.get("transparency")
+    if hidden is not None:
+        grey.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def _from_cmyk(image: Image.Image) -> Image.Image:
@@ -141,17 +292,21 @@ def _from_cmyk(image: Image.Image) -> Image.Image:
     return converted or image.convert("RGB")
 
 
-def _reason(file: BufferedReader, error: Exception) -> str:
-    file.seek(0)
-    head = file.read(512)
-    if not head:
-        return "the file is empty"
+def _reason(stream: BufferedReader, error: Exception) -> str:
+    stream.seek(0)
+    head = stream.read(512)
     start = head.lower().lstrip(b"\xef\xbb\xbf \t\r\n")
-    for beginning, meaning in DISGUISES:
-        if start.startswith(beginning):
-            return meaning
+    if not head:
+        return "the file is empty; copy it again, or remove it"
     if head[4:12] in {b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1"}:
         return "an HEIC image; save it as JPEG or PNG"
     if isinstance(error, Image.UnidentifiedImageError):
-        return f"not an image of a known format ({', '.join(FORMATS)})"
-    return f"damaged: {printable(str(error) or type(error).__name__)}"
+        what = f"not an image of a known format ({', '.join(FORMATS)}); save it as one of these"
+        if start.startswith(BEGINNINGS) or head[4:12] == b"ftypavif":
+            what = f"damaged: its header cannot be read; {ANEW}"
+        return next((meaning for begins, meaning in DISGUISES if start.startswith(begins)), what)
+    if isinstance(error, MemoryError):
+        return "damaged, or too large for the memory; scale it down, or save it anew"
+    if isinstance(error, UnsupportedError):
+        return str(error)
+    return f"damaged: {printable(str(error) or type(error).__name__)}; {ANEW}"

@@ -1,20 +1,26 @@
-"""What a folder holds, by the names in it: images with the captions beside them, and the rest.
+"""What a folder holds, by the names in it: images with what lies beside them, and the rest.
 
-No file is opened here. Nothing is passed over silently: what is neither an image nor a caption of
-one is a fault or is named in a note.
+No file is opened here. Nothing is passed over silently: what is neither an image nor belongs to one
+is a fault or is named in a note.
 """
 
 import os
+import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from eri.data.captions import CAPTION_SUFFIXES
+from eri.data.items import Fault
+from eri.data.tables import TABLE_NAMES
 from eri.errors import DataError
 from eri.printable import printable
 
-__all__ = ["FOLDER_HINT", "Candidate", "Listing", "list_folder", "note"]
+__all__ = ["FOLDER_HINT", "ByName", "Candidate", "Listing", "list_folder", "note"]
+
+Thing = TypeVar("Thing")
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
@@ -25,24 +31,54 @@ FOREIGN_SUFFIXES = frozenset(
 )
 """Images that this program does not read."""
 
+MASK_ENDINGS = ("-masklabel.png", ".mask.png")
+"""How the mask of an image is called behind the image's own stem; the first is OneTrainer's."""
+
 FOLDER_HINT = "data: names a folder of images with captions"
 NAMES_IN_A_NOTE = 5
 
 
-@dataclass(frozen=True, kw_only=True)
+class ByName(Generic[Thing]):
+    """Things by paths. One whose path differs in nothing but its Unicode normal form, as files have
+    that went through a Mac, is found too, unless there is one of the very path.
+    """
+
+    def __init__(self) -> None:
+        self._groups: defaultdict[str, list[tuple[str, Thing]]] = defaultdict(list)
+
+    def add(self, path: Path, thing: Thing) -> None:
+        """Keeps one more thing by its path."""
+        self._groups[_composed(path)].append((str(path), thing))
+
+    def find(self, path: Path) -> list[Thing]:
+        """All that is kept by a path."""
+        group = self._groups.get(_composed(path), [])
+        exact = [thing for name, thing in group if name == str(path)]
+        return exact or [thing for _, thing in group]
+
+    def twins(self) -> Iterator[list[Thing]]:
+        """Things whose paths look the same and are not."""
+        for group in self._groups.values():
+            if len({name for name, _ in group}) > 1:
+                yield [thing for _, thing in group]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A file that should be an image, and the caption files beside it."""
+    """A file that should be an image, and the caption and mask files beside it."""
 
     path: Path
     captions: tuple[Path, ...]
+    masks: tuple[Path, ...] = ()
 
 
 @dataclass(kw_only=True)
 class Listing:
-    """A folder's candidates, one line for each file that is refused by its name, and notes."""
+    """A folder's candidates, its tables of captions, what is refused by its name, and notes."""
 
     candidates: list[Candidate] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
+    tables: list[Path] = field(default_factory=list)
+    refused: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -59,49 +95,94 @@ def list_folder(top: Path) -> Listing:
         raise DataError(what, where=printable(top), hint=FOLDER_HINT)
     listing = Listing()
     images: list[Path] = []
-    captions: defaultdict[Path, list[Path]] = defaultdict(list)
+    captions: list[Path] = []
+    masks: list[Path] = []
     others: list[Path] = []
     for path in _walk(top, listing):
         suffix = path.suffix.lower()
-        if suffix in IMAGE_SUFFIXES:
+        if path.name.lower().endswith(MASK_ENDINGS):
+            masks.append(path)
+        elif suffix in IMAGE_SUFFIXES:
             images.append(path)
+        elif path.name in TABLE_NAMES:
+            listing.tables.append(path)
         elif suffix in CAPTION_SUFFIXES:
-            captions[path.with_suffix("")].append(path)
+            captions.append(path)
         elif suffix in FOREIGN_SUFFIXES:
             what = f"images of the kind {printable(suffix)} are not read; save it as PNG"
-            listing.refused.append(f"{printable(path)}: {what}")
+            listing.refused.append(Fault(path, what))
         else:
             others.append(path)
-    for path in images:
-        beside = captions.get(path.with_suffix(""), ())
-        listing.candidates.append(Candidate(path=path, captions=tuple(beside)))
-    for path in images:
-        captions.pop(path.with_suffix(""), None)
-    orphans = [path for paths in captions.values() for path in paths]
-    listing.notes += note("captions without an image", orphans)
-    listing.notes += note("files that are neither images nor captions, not read", others)
     if not images and not listing.refused:
         raise DataError("no image in this folder", where=printable(top), hint=FOLDER_HINT)
+    others += _gather(listing, images, captions, masks)
+    listing.notes += note("files that are neither images nor captions, not read", others)
     return listing
 
 
-def note(what: str, paths: Sequence[Path]) -> list[str]:
-    """One line on some files, the first of them by name; nothing where there are no files."""
-    if not paths:
+def note(what: str, things: Sequence[Path | str]) -> list[str]:
+    """One line on some things, the first of them by name; nothing where there are none."""
+    if not things:
         return []
-    names = ", ".join(printable(path) for path in paths[:NAMES_IN_A_NOTE])
-    more = f" and {len(paths) - NAMES_IN_A_NOTE} more" if len(paths) > NAMES_IN_A_NOTE else ""
-    return [f"{what} ({len(paths)}): {names}{more}"]
+    names = ", ".join(printable(thing) for thing in things[:NAMES_IN_A_NOTE])
+    more = f" and {len(things) - NAMES_IN_A_NOTE} more" if len(things) > NAMES_IN_A_NOTE else ""
+    return [f"{what} ({len(things)}): {names}{more}"]
+
+
+def _gather(
+    listing: Listing, images: Sequence[Path], captions: Iterable[Path], masks: Iterable[Path]
+) -> list[Path]:
+    """Gives every image the files that belong to it by their names, and tells which are left.
+
+    Returns:
+        The JSON files that belong to none: they may be anything.
+    """
+    by_stem, masks_by_stem, same = ByName[Path](), ByName[Path](), ByName[Path]()
+    for path in captions:
+        by_stem.add(path.with_suffix(""), path)
+    for path in masks:
+        masks_by_stem.add(_masked(path), path)
+    used: set[Path] = set()
+    for path in images:
+        stem = path.with_suffix("")
+        beside = (*by_stem.find(stem), *by_stem.find(path))  # cat.txt and cat.png.txt
+        covers = masks_by_stem.find(stem)
+        listing.candidates.append(Candidate(path=path, captions=beside, masks=tuple(covers)))
+        used.update(beside, covers)
+        same.add(path, path)
+    for fault in listing.refused:  # its captions are not to blame
+        used.update(by_stem.find(fault.path.with_suffix("")))
+    pairs = [" and ".join(ascii(path.name) for path in twins) for twins in same.twins()]
+    orphans = [path for path in captions if path not in used]
+    texts = [path for path in orphans if path.suffix.lower() != ".json"]
+    listing.notes += note("captions without an image", texts)
+    listing.notes += note("masks without an image", [path for path in masks if path not in used])
+    listing.notes += note("names that differ in nothing but their Unicode form", pairs)
+    return [path for path in orphans if path.suffix.lower() == ".json"]
+
+
+def _masked(path: Path) -> Path:
+    """A mask's path without its ending: the stem of the image that it is of."""
+    ending = next(ending for ending in MASK_ENDINGS if path.name.lower().endswith(ending))
+    return path.parent / path.name[: -len(ending)]
+
+
+def _composed(path: Path) -> str:
+    return unicodedata.normalize("NFC", str(path))
 
 
 def _walk(top: Path, listing: Listing) -> Iterator[Path]:
     def unreadable(error: OSError) -> None:
-        what = f"the folder cannot be read: {error.strerror}"
-        listing.refused.append(f"{printable(str(error.filename))}: {what}")
+        what = f"the folder cannot be read: {error.strerror}; make it readable, or remove it"
+        listing.refused.append(Fault(Path(error.filename), what))
 
     links: list[Path] = []
+    disguised: list[Path] = []
     for folder, folders, names in os.walk(top, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        links += [path for name in folders if (path := Path(folder, name)).is_symlink()]
+        here = [Path(folder, name) for name in folders]
+        links += [path for path in here if path.is_symlink()]
+        disguised += [path for path in here if path.suffix.lower() in IMAGE_SUFFIXES]
         yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
     listing.notes += note("links to folders, not followed", links)
+    listing.notes += note("folders named like images, searched as folders", disguised)

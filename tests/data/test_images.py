@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from eri.data.images import FORMATS, decode
+from eri.data import images
+from eri.data.images import FORMATS, Decoded, alpha_of, hashed
 from eri.errors import DataError
 
 CORNERS = {(0, 0): (255, 0, 0), (1, 0): (0, 255, 0), (0, 1): (0, 0, 255), (1, 1): (255, 255, 0)}
@@ -22,6 +23,10 @@ def picture(width: int = 40, height: int = 20) -> Image.Image:
         box = (x * width // 2, y * height // 2, (x + 1) * width // 2, (y + 1) * height // 2)
         image.paste(colour, box)
     return image
+
+
+def decode(path: Path, **options: Any) -> Decoded:
+    return images.decode(path, **{"pixel_cap": 100_000_000, **options})
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -141,6 +146,53 @@ def test_a_transparent_colour_is_white(tmp_path: Path, mode: str) -> None:
     assert [decoded.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (0, 0, 0)]
 
 
+def test_transparency_is_laid_on_the_background_that_was_asked_for(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    image.putpixel((1, 0), (0, 0, 0, 128))
+    image.save(tmp_path / "a.png")
+    decoded = decode(tmp_path / "a.png", background="#0080ff")
+    assert decoded.transparent
+    assert not decoded.invisible
+    assert [decoded.image.getpixel((x, 0)) for x in range(2)] == [(0, 128, 255), (0, 64, 127)]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "transparent", "invisible"),
+    [(255, False, False), (254, True, False), (0, True, True)],
+)
+def test_only_what_shows_the_background_is_transparent(
+    tmp_path: Path, alpha: int, transparent: bool, invisible: bool
+) -> None:
+    image = picture()
+    image.putalpha(alpha)
+    image.save(tmp_path / "a.png")
+    decoded = decode(tmp_path / "a.png")
+    assert (decoded.transparent, decoded.invisible) == (transparent, invisible)
+    if not transparent:
+        assert equal(decoded.image, picture())
+
+
+def test_16_bits_with_a_transparent_value(tmp_path: Path) -> None:
+    values = np.array([[7, 0]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png", transparency=7)
+    decoded = decode(tmp_path / "a.png", background="#ff0000")
+    assert [decoded.image.getpixel((x, 0)) for x in range(2)] == [(255, 0, 0), (0, 0, 0)]
+
+
+def test_transparency_alone_is_as_upright_as_the_image(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    image = picture(2, 1)
+    image.putalpha(Image.frombytes("L", (2, 1), b"\x00\x80"))
+    image.save(tmp_path / "a.png", exif=exif)
+    picture().save(tmp_path / "b.png")
+    with hashed(tmp_path / "a.png") as file:
+        alpha = alpha_of(file, pixel_cap=2)
+    assert (alpha.mode, alpha.size, list(alpha.tobytes())) == ("L", (1, 2), [0, 128])
+    with hashed(tmp_path / "b.png") as file:
+        assert alpha_of(file, pixel_cap=800).getextrema() == (255, 255)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P"])
 def test_grey_and_palettes(tmp_path: Path, mode: str) -> None:
     picture().convert(mode).save(tmp_path / "a.png")
@@ -189,12 +241,14 @@ def test_a_broken_profile_of_cmyk_is_left_aside(tmp_path: Path, profile: bytes) 
     assert decode(tmp_path / "a.jpg").image.getpixel((0, 0)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_of_an_animation_the_first_frame_is_used(tmp_path: Path, kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a", kind, save_all=True, append_images=frames[1:])
-    red, _, blue = np.asarray(decode(tmp_path / "a").image)[4, 4]
+    decoded = decode(tmp_path / "a")
+    red, _, blue = np.asarray(decoded.image)[4, 4]
     assert red > 200 > 60 > blue
+    assert decoded.frames == 2
 
 
 # files that are no image
@@ -288,7 +342,8 @@ def test_a_small_file_of_many_pixels_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
     Image.new("1", (10_001, 10_001)).save(path)
     assert path.stat().st_size < 20_000
-    assert "more than 100 million pixels" in refused(path).what
+    what = "10001 x 10001 are more than 100 million pixels; scale it down, or raise max_megapixels"
+    assert refused(path).what == what
 
 
 def test_the_cap_on_pixels_can_be_set(tmp_path: Path) -> None:
@@ -297,6 +352,27 @@ def test_the_cap_on_pixels_can_be_set(tmp_path: Path) -> None:
     assert decode(path, pixel_cap=1_000_000).image.size == (1000, 1000)
     with pytest.raises(DataError, match="more than"):
         decode(path, pixel_cap=999_999)
+
+
+def test_the_limit_is_ours_and_not_pillows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture().save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # warns from 100 on, refuses 200
+    assert decode(tmp_path / "a.png").image.size == (40, 20)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_libtiff_does_not_write_to_the_screen(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content = bytearray(encoded(picture(), "TIFF", compression="tiff_deflate"))
+    content[20] ^= 255
+    path = tmp_path / "a.tif"
+    path.write_bytes(content)
+    refused(path)
+    assert capfd.readouterr().err == ""
+    with pytest.raises(OSError), Image.open(path) as image:
+        image.load()
+    assert "ZIPDecode" in capfd.readouterr().err  # it would, and stderr is open again
 
 
 def test_only_the_listed_readers_see_a_file(tmp_path: Path) -> None:

@@ -44,16 +44,68 @@ def test_hidden_files_are_left_out(tmp_path: Path) -> None:
 
 
 def test_what_is_not_used_is_named(tmp_path: Path) -> None:
-    touch(tmp_path, "a.png", "b.txt", "metadata.jsonl", "d.heic", "e.CR2")
+    touch(tmp_path, "a.png", "b.txt", "read.me", "info.json", "d.heic", "e.CR2")
     listing = list_folder(tmp_path)
     assert listing.notes == [
         f"captions without an image (1): {tmp_path / 'b.txt'}",
-        f"files that are neither images nor captions, not read (1): {tmp_path / 'metadata.jsonl'}",
+        f"files that are neither images nor captions, not read (2): {tmp_path / 'read.me'}, "
+        f"{tmp_path / 'info.json'}",
     ]
-    assert [line.split(": ")[0] for line in listing.refused] == [
-        str(tmp_path / "d.heic"),
-        str(tmp_path / "e.CR2"),
+    assert [fault.path for fault in listing.refused] == [tmp_path / "d.heic", tmp_path / "e.CR2"]
+
+
+def test_tables_are_found_in_every_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "metadata.csv", "sub/metadata.jsonl", "sub/other.csv")
+    listing = list_folder(tmp_path)
+    assert listing.tables == [tmp_path / "metadata.csv", tmp_path / "sub" / "metadata.jsonl"]
+    assert len(listing.notes) == 1
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a.caption", "a.json", "a.png.txt"])
+def test_names_of_captions(tmp_path: Path, name: str) -> None:
+    (candidate,) = list_folder(touch(tmp_path, "a.png", name)).candidates
+    assert [path.name for path in candidate.captions] == [name]
+
+
+@pytest.mark.parametrize("name", ["a-masklabel.png", "a.mask.png", "a-maskLabel.PNG"])
+def test_masks_are_no_images(tmp_path: Path, name: str) -> None:
+    (candidate,) = list_folder(touch(tmp_path, "a.jpg", name)).candidates
+    assert [path.name for path in candidate.masks] == [name]
+    assert candidate.path.name == "a.jpg"
+
+
+def test_a_mask_without_an_image_is_named(tmp_path: Path) -> None:
+    listing = list_folder(touch(tmp_path, "a.png", "b-masklabel.png"))
+    assert listing.notes == [f"masks without an image (1): {tmp_path / 'b-masklabel.png'}"]
+
+
+def test_a_caption_in_another_unicode_form_belongs_to_its_image(tmp_path: Path) -> None:
+    composed, split = "caf\u00e9", "cafe\u0301"
+    (candidate,) = list_folder(touch(tmp_path, f"{composed}.png", f"{split}.txt")).candidates
+    assert [path.name for path in candidate.captions] == [f"{split}.txt"]
+
+
+def test_twins_in_two_unicode_forms_keep_their_own_captions(tmp_path: Path) -> None:
+    composed, split = "caf\u00e9", "cafe\u0301"
+    names = [f"{stem}{suffix}" for stem in (composed, split) for suffix in (".png", ".txt")]
+    listing = list_folder(touch(tmp_path, *names))
+    for candidate in listing.candidates:
+        assert candidate.captions == (candidate.path.with_suffix(".txt"),)
+    assert listing.notes == [
+        "names that differ in nothing but their Unicode form (1): "
+        r"'cafe\u0301.png' and 'caf\xe9.png'"
     ]
+
+
+def test_the_caption_of_a_refused_image_is_not_an_orphan(tmp_path: Path) -> None:
+    assert list_folder(touch(tmp_path, "a.heic", "a.txt")).notes == []
+
+
+def test_a_folder_named_like_an_image_is_searched(tmp_path: Path) -> None:
+    listing = list_folder(touch(tmp_path, "b.png/a.png"))
+    assert [candidate.path for candidate in listing.candidates] == [tmp_path / "b.png" / "a.png"]
+    named = tmp_path / "b.png"
+    assert listing.notes == [f"folders named like images, searched as folders (1): {named}"]
 
 
 def test_links_to_folders_are_not_followed_and_named(tmp_path: Path) -> None:
@@ -89,8 +141,9 @@ def test_a_folder_that_cannot_be_read_is_refused_by_name(
 
     monkeypatch.setattr(os, "scandir", locked_scandir)
     listing = list_folder(tmp_path)
-    expected = f"{tmp_path / 'locked'}: the folder cannot be read: Permission denied"
-    assert listing.refused == [expected]
+    (fault,) = listing.refused
+    assert fault.path == tmp_path / "locked"
+    assert fault.what.startswith("the folder cannot be read: Permission denied; ")
 
 
 @pytest.mark.parametrize(
