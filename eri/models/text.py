@@ -12,7 +12,7 @@ Source: the pipelines of diffusers, and Podell et al., arXiv 2307.01952, section
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from eri.errors import ConfigError, ModelError
 from eri.formats.checkpoint import text_parts
-from eri.formats.parts import TextPart
-from eri.models.load import fill
-from eri.models.tower import States, TextTower
+from eri.formats.parts import Pieces, TextPart
+from eri.models.load import fill, require_fit
+from eri.models.tower import Prompt, States, TextTower
 from eri.models.vocabulary import END, START, clip_vocabulary
-from eri.models.windows import Joined, Marks, cut, join, needed
+from eri.models.weights import apply
+from eri.models.windows import MOST_WINDOWS, Joined, Marks, cut, join, spread
 from eri.printable import printable
 
 if TYPE_CHECKING:
@@ -63,51 +64,90 @@ class TextEncoder:
         """L, the tokens of a window, start and end included."""
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], windows: int = 1) -> tuple[Tensor, Tensor | None]:
+    def encode(
+        self,
+        prompts: Sequence[str],
+        windows: int = 1,
+        weighted: bool | Sequence[bool] = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """Encode prompts.
 
         Args:
             prompts: B of them; what does not fit into the windows is cut off.
             windows: n, how many each prompt is read in, however short it is.
+            weighted: whether `(a cat:1.2)` is a weight, as `eri.models.weights` reads it, or just
+                text; of all prompts, or of each.
 
         Returns:
             The text states, `[B, T, C]`, T = n·L or n·(L-2) + 2 as `joined` says, and the pooled
-            text `[B, P]` of each first window, None where the model has none.
+            text `[B, P]` of each first window, None where the model has none. Weights change the
+            states only, of each encoder by itself.
 
         Raises:
-            ValueError: no prompt, or no window, or one text instead of a list.
+            ValueError: no prompt, or no window, or one text instead of a list; or the encoder was
+                loaded without its weights.
         """
         if isinstance(prompts, str) or not prompts or windows < 1:
             raise ValueError("TextEncoder.encode takes a list of prompts and at least one window")
+        if self.towers[0].device.type == "meta":
+            raise ValueError("this TextEncoder was loaded to count tokens, without its weights")
         contexts, pooled = [], None
         for tower in self.towers:
-            states, pools = self._run(tower, prompts, windows)
+            read = tower.read(prompts, weighted, joined=self.joined)
+            states, pools = self._states(tower, read, windows)
             contexts.append(join(states, joined=self.joined))
             pooled = pools if pools is not None else pooled
         return torch.cat(contexts, dim=-1), pooled
 
-    def windows_needed(self, prompts: Sequence[str]) -> int:
+    def windows_needed(
+        self, prompts: Sequence[str], weighted: bool | Sequence[bool] = False
+    ) -> int:
         """The fewest windows that hold the longest of some prompts, 1 to 3."""
-        return needed(self._longest(prompts), self.tokens)
+        most = max((len(prompt.shares) for prompt in self._read(prompts, weighted)), default=1)
+        return min(most, MOST_WINDOWS)
 
-    def tokens_lost(self, prompt: str, windows: int = 1) -> int:
+    def tokens_lost(self, prompt: str, windows: int = 1, weighted: bool = False) -> int:
         """How many of a prompt's tokens do not fit into so many windows and are cut off."""
-        return max(self._longest([prompt]) - windows * (self.tokens - 2), 0)
+        return max(sum(read.shares[windows:]) for read in self._read([prompt], weighted))
 
-    def _longest(self, prompts: Sequence[str]) -> int:
-        counts = (len(ids) for tower in self.towers for ids in tower.tokens(prompts))
-        return max(counts, default=0)
+    def _read(self, prompts: Sequence[str], weighted: bool | Sequence[bool]) -> Iterator[Prompt]:
+        """Each prompt as each encoder reads it."""
+        return (
+            prompt
+            for tower in self.towers
+            for prompt in tower.read(prompts, weighted, joined=self.joined)
+        )
+
+    def _states(
+        self, tower: TextTower, prompts: Sequence[Prompt], windows: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """States `[B, n, L, C]` with their weights, and the first windows' pooled text `[B, P]`."""
+        states, pools = self._run(tower, prompts, windows)
+        if not any(weight != 1 for prompt in prompts for weight in prompt.weights):
+            return states, pools
+        empty, _ = self._run(tower, [Prompt([], [], [0])], windows)
+        weights = [
+            spread(prompt.weights, prompt.shares, length=self.tokens, windows=windows)
+            for prompt in prompts
+        ]
+        return apply(states, empty, torch.tensor(weights, device=states.device)), pools
 
     def _run(
-        self, tower: TextTower, prompts: Sequence[str], windows: int
+        self, tower: TextTower, prompts: Sequence[Prompt], windows: int
     ) -> tuple[Tensor, Tensor | None]:
         """States `[B, n, L, C]`, and the first windows' pooled text `[B, P]`."""
         cuts = [
-            cut(ids, tower.marks, length=self.tokens, windows=windows, joined=self.joined)
-            for ids in tower.tokens(prompts)
+            cut(
+                prompt.tokens,
+                prompt.shares,
+                tower.marks,
+                length=self.tokens,
+                windows=windows,
+                joined=self.joined,
+            )
+            for prompt in prompts
         ]
-        device = tower.inner.final_layer_norm.weight.device
-        ids = torch.tensor(cuts, dtype=torch.long, device=device).reshape(-1, self.tokens)
+        ids = torch.tensor(cuts, dtype=torch.long, device=tower.device).reshape(-1, self.tokens)
         done = [tower(part) for part in ids.split(WINDOWS_AT_ONCE)]
         states = torch.cat([part for part, _ in done]).unflatten(0, (len(cuts), windows))
         pools = [pool for _, pool in done if pool is not None]
@@ -127,7 +167,7 @@ def load_text(
     Args:
         path: a diffusers folder, its `text_encoder` folder, or a safetensors file.
         dtype: of the weights.
-        device: of the weights.
+        device: of the weights; on `meta` none are read, and the encoder only counts tokens.
         clip_skip: the states of SD1.x's encoder that are used, from the end: 1, the last, unless
             said. SD2.x and SDXL have their own; 1 and 2 are accepted for them and change nothing.
         joined: how the windows of a long prompt are joined; see `eri.models.windows`.
@@ -223,10 +263,15 @@ def _load(
 ) -> None:
     pieces = dict(part.pieces)
     projection = pieces.pop(PROJECTION, None)  # only SDXL's second encoder uses it
-    fill(tower.inner, pieces, dtype=dtype, device=device, where=where)
+    modules: list[tuple[nn.Module, Pieces]] = [(tower.inner, pieces)]
     if tower.text_projection is not None and projection is not None:
-        weight = {"weight": projection}
-        fill(tower.text_projection, weight, dtype=dtype, device=device, where=where)
+        modules.append((tower.text_projection, {"weight": projection}))
+    if torch.device(device).type == "meta":
+        for module, its in modules:
+            require_fit(module, its, where)
+        return
+    for module, its in modules:
+        fill(module, its, dtype=dtype, device=device, where=where)
     positions = torch.arange(tower.length, device=device)[None]
     tower.inner.embeddings.register_buffer("position_ids", positions, persistent=False)
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from eri.models.windows import Marks
+from eri.models.weights import parse
+from eri.models.windows import Joined, Marks, shares
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-__all__ = ["States", "TextTower"]
+__all__ = ["Prompt", "States", "TextTower"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,21 @@ class States:
     depth: int
     normed: bool
     note: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as an encoder reads it.
+
+    Attributes:
+        tokens: its own, without start and end.
+        weights: of each; 1 where nothing is said.
+        shares: how many of them each window gets; see `eri.models.windows`.
+    """
+
+    tokens: list[int]
+    weights: list[float]
+    shares: list[int]
 
 
 class TextTower(nn.Module):
@@ -68,9 +84,39 @@ class TextTower(nn.Module):
         return getattr(self.model, "text_model", self.model)
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.inner.final_layer_norm.weight.device
+
+    @property
     def length(self) -> int:
         """L, tokens of a window."""
         return self.inner.embeddings.position_embedding.weight.shape[0]
+
+    def read(
+        self, prompts: Sequence[str], weighted: bool | Sequence[bool], *, joined: Joined
+    ) -> list[Prompt]:
+        """Prompts as tokens with their weights; all are tokenized at once.
+
+        Args:
+            prompts: any number.
+            weighted: whether `(a cat:1.2)` is a weight; of all prompts, or of each.
+            joined: how the states of their windows will be joined.
+        """
+        flags = [weighted] * len(prompts) if isinstance(weighted, bool) else weighted
+        parsed = [
+            parse(prompt) if flag else [(prompt, 1.0)]
+            for prompt, flag in zip(prompts, flags, strict=True)
+        ]
+        tokens = iter(self.tokens([text for parts in parsed for text, _ in parts]))
+        return [self._prompt([(next(tokens), weight) for _, weight in p], joined) for p in parsed]
+
+    def _prompt(self, parts: Sequence[tuple[list[int], float]], joined: Joined) -> Prompt:
+        return Prompt(
+            tokens=[token for tokens, _ in parts for token in tokens],
+            weights=[weight for tokens, weight in parts for _ in tokens],
+            shares=shares([len(tokens) for tokens, _ in parts], length=self.length, joined=joined),
+        )
 
     def tokens(self, prompts: Sequence[str]) -> list[list[int]]:
         """Each prompt's own tokens, without start and end."""

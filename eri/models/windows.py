@@ -8,19 +8,25 @@ in windows. Programs join the states in two ways:
   the last state of the last, 75·n + 2 states.
 
 One window is the same in both.
+
+A text is cut wherever a window is full. A prompt whose parts have weights is cut in `ui` as ComfyUI
+does: a part of fewer than eight tokens goes whole into the next window.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import accumulate, pairwise
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["MOST_WINDOWS", "Joined", "Marks", "cut", "join", "needed"]
+__all__ = ["MOST_WINDOWS", "Joined", "Marks", "cut", "join", "shares", "spread"]
 
+Item = TypeVar("Item")
 Joined = Literal["ui", "kohya"]
 MOST_WINDOWS = 3
+DIVIDED = 8  # tokens from which on a part of a prompt is divided
 
 
 @dataclass(frozen=True)
@@ -38,30 +44,66 @@ class Marks:
     pad: int
 
 
-def needed(tokens: int, length: int) -> int:
-    """The fewest windows of `length` that hold a prompt's own tokens, at most three."""
-    return min(max(-(-tokens // (length - 2)), 1), MOST_WINDOWS)
+def shares(parts: Sequence[int], *, length: int, joined: Joined) -> list[int]:
+    """How many of a prompt's own tokens each window gets, at least one window.
+
+    Args:
+        parts: tokens of each part of the prompt; without weights it has one.
+        length: of a window, with start and end.
+        joined: how the states will be joined.
+    """
+    inner = length - 2
+    found = [0]
+    for size in parts if joined == "ui" else [sum(parts)]:
+        left, divided = size, size >= DIVIDED or size > inner
+        while left > (room := inner - found[-1]):
+            if divided:
+                found[-1] = inner
+                left -= room
+            found.append(0)
+        found[-1] += left
+    return found
 
 
 def cut(
-    tokens: Sequence[int], marks: Marks, *, length: int, windows: int, joined: Joined
+    tokens: Sequence[int],
+    shares: Sequence[int],
+    marks: Marks,
+    *,
+    length: int,
+    windows: int,
+    joined: Joined,
 ) -> list[list[int]]:
     """A prompt's own tokens as windows, each as long as `length`; what does not fit is cut off.
 
     Args:
         tokens: without start and end.
+        shares: of the windows, from `shares`.
         marks: of the tokenizer.
         length: of a window, with start and end.
         windows: how many.
         joined: how the states will be joined.
     """
     inner = length - 2
-    tokens = list(tokens[: windows * inner])
     if joined == "kohya" and windows > 1:
+        tokens = list(tokens[: windows * inner])
         return _cut_as_kohya(tokens, marks, inner=inner, windows=windows)
-    pieces = (tokens[start : start + inner] for start in range(0, windows * inner, inner))
     return [
-        [marks.start, *piece, marks.end, *[marks.pad] * (inner - len(piece))] for piece in pieces
+        [marks.start, *piece, marks.end, *[marks.pad] * (inner - len(piece))]
+        for piece in _pieces(tokens, shares, windows)
+    ]
+
+
+def spread(
+    weights: Sequence[float], shares: Sequence[int], *, length: int, windows: int
+) -> list[list[float]]:
+    """The weights of a prompt's own tokens where `cut` puts the tokens; 1 for all others.
+
+    Both ways to join put a window's tokens behind its first one.
+    """
+    return [
+        [1.0, *piece, *[1.0] * (length - 1 - len(piece))]
+        for piece in _pieces(weights, shares, windows)
     ]
 
 
@@ -79,6 +121,12 @@ def join(states: Tensor, *, joined: Joined) -> Tensor:
         return states.flatten(1, 2)
     inner = states[:, :, 1:-1].flatten(1, 2)
     return torch.cat([states[:, 0, :1], inner, states[:, -1, -1:]], dim=1)
+
+
+def _pieces(values: Sequence[Item], shares: Sequence[int], windows: int) -> list[Sequence[Item]]:
+    """What each of so many windows gets of a prompt's values."""
+    ends = list(accumulate([*shares, *[0] * windows][:windows], initial=0))
+    return [values[start:end] for start, end in pairwise(ends)]
 
 
 def _cut_as_kohya(tokens: list[int], marks: Marks, *, inner: int, windows: int) -> list[list[int]]:

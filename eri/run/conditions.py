@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eri.data import Shape, size_ids
+from eri.data import PLAIN, Shape, View, size_ids
 from eri.models.text import TextEncoder
 from eri.models.unet import UNet
 
@@ -34,28 +34,42 @@ class Conditions(NamedTuple):
     time_ids: Tensor | None = None  # [B, 6], float32
 
 
-def encode(text: TextEncoder, prompts: Sequence[str], windows: int) -> list[Condition]:
-    """The condition of each prompt, read in so many windows, on the CPU."""
-    context, pooled = text.encode(prompts, windows=windows)
+def encode(
+    text: TextEncoder,
+    prompts: Sequence[str],
+    windows: int,
+    *,
+    weighted: bool | Sequence[bool] = False,
+) -> list[Condition]:
+    """The condition of each prompt, read in so many windows, on the CPU.
+
+    `weighted` says whether `(a cat:1.2)` is a weight or just text, of all prompts or of each.
+    """
+    context, pooled = text.encode(prompts, windows=windows, weighted=weighted)
     contexts = context.cpu().unbind()
     if pooled is None:
         return [Condition(states) for states in contexts]
     return [Condition(*both) for both in zip(contexts, pooled.cpu().unbind(), strict=True)]
 
 
-def guide(text: TextEncoder, prompt: str, negative: str) -> tuple[Condition, Condition]:
+def guide(
+    text: TextEncoder, prompt: str, negative: str, *, weighted: bool = True
+) -> tuple[Condition, Condition]:
     """The conditions of a prompt and of what it is guided away from, equally long.
 
     They hang on these two texts alone, so that a picture does not change with its neighbours.
+    Both are in the UIs' syntax, where `(a cat:1.2)` is a weight; a prompt that is a caption is so
+    only where its source's captions are (`weighted`).
     """
-    both = [prompt, negative]
-    given, without = encode(text, both, text.windows_needed(both))
+    both, flags = [prompt, negative], [weighted, True]
+    windows = text.windows_needed(both, weighted=flags)
+    given, without = encode(text, both, windows, weighted=flags)
     return given, without
 
 
-def size_tensor(width: int, height: int, shape: Shape) -> Tensor:
+def size_tensor(width: int, height: int, shape: Shape, view: View = PLAIN) -> Tensor:
     """The size ids of an image that is cut to `shape`, float32 `[6]`; see `eri.data.size_ids`."""
-    return torch.tensor(size_ids(width, height, shape), dtype=torch.float32)
+    return torch.tensor(size_ids(width, height, shape, view), dtype=torch.float32)
 
 
 def stack(

@@ -336,6 +336,44 @@ def test_a_window_is_as_long_as_the_encoders_positions(sd15: Path, tmp_path: Pat
     assert text.tokens_lost("a " * 19) == 1
 
 
+def test_tokens_are_counted_without_reading_a_weight(
+    folder: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = load_text(folder)
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr("eri.formats.tensors.safe_open", refused)
+    with pytest.raises(AssertionError, match="a tensor was read"):  # by no other way
+        load_text(folder)
+    for path in (folder, file):
+        text = load_text(path, device="meta")
+        assert text.tokens == full.tokens
+        assert all(parameter.is_meta for parameter in text.model.parameters())
+        for weighted in (False, True):
+            for prompt in (CAT, LONG, "(a:1.2) " * 40):
+                assert text.windows_needed([prompt], weighted) == full.windows_needed(
+                    [prompt], weighted
+                )
+                assert text.tokens_lost(prompt, weighted=weighted) == full.tokens_lost(
+                    prompt, weighted=weighted
+                )
+        with pytest.raises(ValueError, match="loaded to count tokens"):
+            text.encode([CAT])
+
+
+def test_without_weights_a_tensor_that_does_not_fit_is_still_refused(
+    sdxl: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(sdxl, tmp_path / "copy")
+    weights = copy / "text_encoder_2" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {"text_projection.weight": torch.zeros(3, 64)}, weights)
+    with pytest.raises(ModelError, match="1 tensors do not fit"):
+        load_text(copy, device="meta")
+
+
 # ----------------------------------------------------------------------- tokenizers
 
 

@@ -68,3 +68,20 @@ def test_tokens_are_without_start_and_end(model: CLIPTextModel, sd15: Path) -> N
     assert read.length == 6
     assert read.tokens(["", "a red b"]) == [[], [26, 17, 4, 29, 27]]
     assert len(read.tokens(["a " * 500])[0]) == 500
+
+
+def test_prompts_are_read_with_their_weights(model: CLIPTextModel, sd15: Path) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(sd15 / "tokenizer")
+    read = tower(model, 1, True, tokenizer=tokenizer)
+    prompts = ["a (red:1.5) b", "a red b", ""]
+    first, second, third = read.read(prompts, True, joined="ui")
+    assert first.tokens == second.tokens == [26, 17, 4, 29, 27]
+    assert first.weights == [1.0, 1.5, 1.5, 1.5, 1.0]
+    assert second.weights == [1.0] * 5
+    assert (first.shares, second.shares) == ([4, 1], [4, 1])
+    assert (third.tokens, third.weights, third.shares) == ([], [], [0])
+    literal, also = read.read(prompts[:2], [False, True], joined="ui")
+    assert len(literal.tokens) > 5
+    assert set(literal.weights) == {1.0}
+    assert also == second
+    assert read.read([], True, joined="ui") == []

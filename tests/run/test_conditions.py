@@ -22,17 +22,24 @@ def unet(sdxl: Path) -> UNet:
 
 
 class Words:
-    """A text encoder whose states tell which text they are of."""
+    """A text encoder whose states tell which text they are of, and which are read with weights."""
 
     def __init__(self, *, pools: bool) -> None:
         self.pools = pools
+        self.weighted: list[bool | Sequence[bool]] = []
 
-    def encode(self, prompts: Sequence[str], windows: int = 1) -> tuple[Tensor, Tensor | None]:
+    def encode(
+        self, prompts: Sequence[str], windows: int = 1, weighted: bool | Sequence[bool] = False
+    ) -> tuple[Tensor, Tensor | None]:
+        self.weighted.append(weighted)
         sizes = torch.tensor([float(len(prompt)) for prompt in prompts])
         context = sizes[:, None, None].expand(-1, 77 * windows, 4)
         return context, -sizes[:, None].expand(-1, 3) if self.pools else None
 
-    def windows_needed(self, prompts: Sequence[str]) -> int:
+    def windows_needed(
+        self, prompts: Sequence[str], weighted: bool | Sequence[bool] = False
+    ) -> int:
+        self.weighted.append(weighted)
         return max(-(-len(prompt) // 75) for prompt in prompts)
 
 
@@ -72,6 +79,25 @@ def test_a_pair_is_read_in_the_windows_that_the_longer_of_the_two_needs(
     for texts, states in [(("a", "b"), 77), (("a" * 80, ""), 154), (("a", "b" * 200), 231)]:
         pair = guide(words(pools=False), *texts)
         assert [len(condition.context) for condition in pair] == [states, states]
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_caption_as_prompt_may_be_literal_and_a_negative_prompt_never_is(weighted: bool) -> None:
+    words = Words(pools=False)
+    guide(cast(TextEncoder, words), "(a:1.2)", "(b:1.2)", weighted=weighted)
+    assert words.weighted == [[weighted, True]] * 2
+    guide(cast(TextEncoder, words), "(a:1.2)", "(b:1.2)")
+    assert words.weighted[2:] == [[True, True]] * 2
+
+
+def test_captions_are_literal_unless_they_are_said_to_have_weights(sd15: Path) -> None:
+    text, prompts = load_text(sd15), ["(red:1.5) star", "(blue:0.5) star"]
+    for weighted in (False, True, [True, False]):
+        found = torch.stack([it.context for it in encode(text, prompts, 1, weighted=weighted)])
+        assert torch.equal(found, text.encode(prompts, weighted=weighted)[0])
+    literal = encode(text, prompts, 1)[0].context
+    assert torch.equal(literal, text.encode(prompts)[0][0])
+    assert not torch.equal(literal, encode(text, prompts, 1, weighted=True)[0].context)
 
 
 def test_a_batch_holds_each_samples_conditions_in_order(unet: UNet) -> None:

@@ -55,6 +55,16 @@ def test_sdxl_draws_what_it_is_asked_for(drawing: Drawing, sdxl: Path, tmp_path:
     assert plain != drawn(replace(drawing, negative="a blue star"), tmp_path / "negative.png")
 
 
+def test_prompts_are_read_as_the_uis_read_them(drawing: Drawing, tmp_path: Path) -> None:
+    def with_(prompt: str, negative: str = "red") -> bytes:
+        return drawn(replace(drawing, prompts=(prompt,), negative=negative), tmp_path / "it.png")
+
+    plain = with_("a red disc")
+    assert with_("a (red:1.0) disc") == plain
+    assert with_("a (red:1.9) disc") != plain
+    assert with_("a red disc", "(red:1.9)") != plain
+
+
 def test_a_picture_does_not_hang_on_the_length_of_the_other_prompts(
     drawing: Drawing, tmp_path: Path
 ) -> None:
