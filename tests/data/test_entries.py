@@ -47,16 +47,20 @@ def test_the_name_hangs_on_every_value_and_on_nothing_else() -> None:
     assert key("thing", "a\ud800\x1b[2J/../b").parent.parent == names[0].parent.parent
 
 
-def test_views_of_one_tensor_other_layouts_and_gradients_are_kept_as_values() -> None:
-    whole = torch.rand(1, 8, 4, 4, requires_grad=True).to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_views_of_one_tensor_other_layouts_and_gradients_are_kept_as_values(
+    layout: torch.memory_format,
+) -> None:
+    whole = torch.rand(1, 8, 4, 4, requires_grad=True).to(memory_format=layout)
     first, second = whole.chunk(2, dim=1)
     path = key("thing", "views")
-    write_entry(path, {"first": first, "second": second})
+    write_entry(path, {"first": first, "second": second, "first again": first})
     found = read_entry(path)
     assert found is not None
     assert torch.equal(found["first"], first)
     assert torch.equal(found["second"], second)
-    assert path.stat().st_size < 2 * 4 * whole.numel()  # not the whole tensor twice
+    assert torch.equal(found["first again"], first)
+    assert path.stat().st_size < 3 * 4 * whole.numel()  # not the whole tensor three times
 
 
 HEADER = 32 + 8  # the digest and the length of the JSON that follows

@@ -49,13 +49,13 @@ def out_of_memory_above(pixels: int, model: Any, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(vae, "TILE", 64)
-    return 64 * 64
+    monkeypatch.setattr(vae, "TILE", 32)
+    return 32 * 32
 
 
 def theirs_tiled(model: Any) -> Any:
-    """Diffusers' own tiling, with tiles of 64 pixels."""
-    model.tile_sample_min_size, model.tile_latent_min_size = 64, 8
+    """Diffusers' own tiling, with tiles of 32 pixels."""
+    model.tile_sample_min_size, model.tile_latent_min_size = 32, 4
     model.enable_tiling()
     return model
 
@@ -68,7 +68,7 @@ def test_tiles_are_those_of_diffusers_and_are_off_again_afterwards(
 
     ours = load_vae(sd15_real)
     theirs = theirs_tiled(AutoencoderKL.from_pretrained(sd15_real / "vae"))
-    images = torch.rand(1, 3, 64, 128) * 2 - 1
+    images = torch.rand(1, 3, 32, 64) * 2 - 1
     mean, std = ours.encode(images, tiled=True)
     posterior = theirs.encode(images).latent_dist
     torch.testing.assert_close(mean, posterior.mean * ours.scale)
@@ -85,7 +85,7 @@ def test_an_image_is_encoded_in_tiles_only_when_memory_asks(
     sd15_real: Path, small_tiles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = load_vae(sd15_real)
-    images = torch.rand(1, 3, 64, 128) * 2 - 1
+    images = torch.rand(1, 3, 32, 64) * 2 - 1
     whole, tiled = ours.encode(images), ours.encode(images, tiled=True)
     mean, std, in_tiles = ours.encode_within_memory(images)
     assert not in_tiles
@@ -98,15 +98,15 @@ def test_an_image_is_encoded_in_tiles_only_when_memory_asks(
     assert max(sizes[1:]) == small_tiles
 
 
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [32, 64])
 def test_memory_for_less_than_a_tile_is_an_error(
     sd15_real: Path, small_tiles: int, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     ours = load_vae(sd15_real)
     sizes = out_of_memory_above(small_tiles // 2, ours.model, monkeypatch)
     with pytest.raises(torch.OutOfMemoryError):
-        ours.encode_within_memory(torch.zeros(1, 3, 64, width))
-    assert len(sizes) == (1 if width == 64 else 2)  # one tile is not tried twice
+        ours.encode_within_memory(torch.zeros(1, 3, 32, width))
+    assert len(sizes) == (1 if width == 32 else 2)  # one tile is not tried twice
     assert not ours.model.use_tiling
 
 
