@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from eri.errors import EriError
+from eri.errors import EriError, WorkerError
 from eri.run.micro_batch import Packed, SampleBatch
 
 __all__ = ["Load", "Read", "Source", "WorkerDied", "Workers", "fits_shared_memory", "worker_count"]
@@ -78,6 +78,9 @@ class Workers:
         steps: to read.
         count: of processes.
         pin: whether what is read comes in pinned memory.
+
+    Raises:
+        WorkerError: the system has no room for more processes.
     """
 
     def __init__(self, source: Source, steps: range, *, count: int, pin: bool) -> None:
@@ -98,12 +101,19 @@ class Workers:
         others = active_children()
         self._waiting = False  # for a worker
         self._handler = signal.getsignal(signal.SIGCHLD) if _POSIX else None
+        self._reads: Iterator[Read] | None = None
         try:
             with _unreachable_by_signals():
-                self._reads: Iterator[Read] | None = iter(loader)
+                self._reads = iter(loader)
+        except OSError as error:
+            what = f"workers, which read samples ahead, could not begin: {error}"
+            raise WorkerError(what, hint="set train.workers: 0") from error
         finally:
             self._processes = [child for child in active_children() if child not in others]
-            self._handle_deaths(self._raise_if_waiting)
+            if self._reads is None:
+                self.end()
+            else:
+                self._handle_deaths(self._raise_if_waiting)
 
     def read(self) -> Read:
         """What the next step is.

@@ -1,5 +1,6 @@
 """Processes are slow to start: one test begins them twice, the other one kills their parent."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -57,6 +58,10 @@ def batch(step: int, file: str = "") -> SampleBatch:
     latents = [torch.full((4, 2, 2), float(number)) for number in numbers]
     samples = [Sample(file, mean, mean + 1, torch.ones(3, 5)) for mean in latents]
     return SampleBatch(samples, numbers)
+
+
+def batches(step: int) -> list[SampleBatch]:
+    return [batch(step)]
 
 
 def means(batches: list[SampleBatch]) -> list[float]:
@@ -180,6 +185,21 @@ def test_workers_take_no_ctrl_c_and_end_with_their_parent(tmp_path: Path) -> Non
             run.kill()
     assert waited(lambda: not runs(worker))
     assert "Traceback" not in (tmp_path / "stderr").read_text()
+
+
+def test_a_system_without_room_for_processes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(self: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", no_room)
+    handler = signal.getsignal(signal.SIGCHLD)
+    with (
+        Loader(batches, steps=range(9), workers=1, device=CPU, say=print) as loader,
+        pytest.raises(WorkerError, match="Resource temporarily unavailable") as failed,
+    ):
+        loader(0)
+    assert failed.value.hint == "set train.workers: 0"
+    assert signal.getsignal(signal.SIGCHLD) is handler
 
 
 def test_auto_is_two_workers_with_a_gpu() -> None:
