@@ -2,8 +2,10 @@
 
 import json
 import math
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import Self
 
@@ -19,6 +21,8 @@ from eri.train.step import MicroBatch, StepNumbers
 __all__ = ["Log", "cut", "say"]
 
 PLAIN_LINES = 20  # of progress in a run whose output is not a terminal
+LEAST_STEPS = 5  # that tell a speed; the first ones of a session are slower
+LATEST_STEPS = 1000
 
 
 class Log:
@@ -37,6 +41,7 @@ class Log:
         self._steps = steps
         self._seconds = 0.0  # spent in steps, previews and saves left out
         self._done = 0  # steps of this session
+        self._rates: deque[float] = deque(maxlen=LATEST_STEPS)
         self._bar = Progress(
             BarColumn(bar_width=None),
             TextColumn("{task.description}"),
@@ -85,6 +90,7 @@ class Log:
         self._seconds += seconds
         self._done += 1
         rate = numbers.samples / seconds
+        self._rates.append(rate)
         record = {
             "step": step,
             "loss": numbers.loss,
@@ -103,6 +109,11 @@ class Log:
         self._bar.update(self._task, completed=step, description=line)
         if not self.console.is_terminal and self._is_told(step):
             self.say(line)
+
+    @property
+    def images_per_second(self) -> float | None:
+        """The median over the latest steps of this session; None of too few to tell."""
+        return median(self._rates) if self._done >= LEAST_STEPS else None
 
     def _is_told(self, step: int) -> bool:
         every = max(self._steps // PLAIN_LINES, 1)

@@ -53,6 +53,16 @@ def test_the_time_left_counts_this_sessions_steps_only(tmp_path: Path) -> None:
     assert "0:00:00 left" in told(console) or "0:00:01 left" in told(console)
 
 
+def test_the_speed_of_a_session_is_its_median(tmp_path: Path) -> None:
+    with Log(tmp_path / "log.jsonl", steps=40, step=0, console=screen()) as log:
+        numbers = StepNumbers(loss=0.5, grad_norm=0.1, samples=2)
+        for step, seconds in enumerate((9.0, 0.5, 0.5, 0.5), start=1):
+            log.step(step, numbers, lr=1e-4, seconds=seconds, batches=[Two()])
+        assert log.images_per_second is None  # too few steps to tell
+        log.step(5, numbers, lr=1e-4, seconds=0.25, batches=[Two()])
+        assert log.images_per_second == 4.0
+
+
 def test_resuming_cuts_what_comes_again_and_what_a_crash_tore(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     run(path, screen(), 0, 4)
