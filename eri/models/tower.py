@@ -109,14 +109,11 @@ class TextTower(nn.Module):
             for prompt, flag in zip(prompts, flags, strict=True)
         ]
         tokens = iter(self.tokens([text for parts in parsed for text, _ in parts]))
-        return [self._prompt([(next(tokens), weight) for _, weight in p], joined) for p in parsed]
-
-    def _prompt(self, parts: Sequence[tuple[list[int], float]], joined: Joined) -> Prompt:
-        return Prompt(
-            tokens=[token for tokens, _ in parts for token in tokens],
-            weights=[weight for tokens, weight in parts for _ in tokens],
-            shares=shares([len(tokens) for tokens, _ in parts], length=self.length, joined=joined),
-        )
+        length = self.length
+        return [
+            _prompt([(next(tokens), weight) for _, weight in parts], length, joined)
+            for parts in parsed
+        ]
 
     def tokens(self, prompts: Sequence[str]) -> list[list[int]]:
         """Each prompt's own tokens, without start and end."""
@@ -142,3 +139,12 @@ class TextTower(nn.Module):
         ends = (ids == self.marks.end).int().argmax(dim=1)
         rows = torch.arange(len(ids), device=ids.device)
         return chosen, self.text_projection(last[rows, ends])
+
+
+def _prompt(parts: Sequence[tuple[list[int], float]], length: int, joined: Joined) -> Prompt:
+    """A prompt of parts: the tokens of each, and their weight."""
+    return Prompt(
+        tokens=[token for tokens, _ in parts for token in tokens],
+        weights=[weight for tokens, weight in parts for _ in tokens],
+        shares=shares([len(tokens) for tokens, _ in parts], length=length, joined=joined),
+    )
