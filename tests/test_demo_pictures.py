@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from eri.diffusion import NoiseSchedule, Sampler
-from eri.run.base import load_base, look_at
-from eri.run.conditions import guide
+from eri.run.base import look_at
+from eri.run.encoding import Reader
 from eri.run.preview import Painter
 
 ROOT = Path(__file__).parents[1]
@@ -21,10 +21,10 @@ FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m_karras", "euler"])
 def test_the_model_draws_the_colour_it_is_asked_for_on_white(sampler: Sampler) -> None:
-    base = load_base(look_at("demo"), dtype=torch.float32, device=torch.device("cpu"))
+    facts, cpu = look_at("demo"), torch.device("cpu")
     painter = Painter(
-        unet=base.unet,
-        vae=base.vae,
+        unet=facts.load_unet(dtype=torch.float32, device=cpu),
+        vae=facts.load_vae(),
         schedule=NoiseSchedule(),
         sampler=sampler,
         steps=10,
@@ -32,8 +32,10 @@ def test_the_model_draws_the_colour_it_is_asked_for_on_white(sampler: Sampler) -
         seed=0,
     )
     prompts = ["green heart", "blue heart, drawn chalk style", "large red circle"]
-    for strongest, prompt in zip((1, 2, 0), prompts, strict=True):
-        picture = painter.paint(*guide(base.text, prompt, ""), size=128, number=0)
+    with Reader(facts, dtype=torch.float32, device=cpu) as reader:
+        guides = [reader.guide(prompt, "") for prompt in prompts]
+    for strongest, both in zip((1, 2, 0), guides, strict=True):
+        picture = painter.paint(*both, size=128, number=0)
         pixels = np.asarray(picture).astype(float)
         assert pixels[50:80, 50:80].mean((0, 1)).argmax() == strongest
         assert pixels[:12, :12].mean() > 240

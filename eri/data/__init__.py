@@ -1,11 +1,13 @@
 """Folders of images to what the training loop asks for: checked items, shapes, batches, latents."""
 
 from eri.data.batches import Batch, Batches
-from eri.data.cache import Encode, Latent, Latents, cache_latents
+from eri.data.cache import Encode, Encoded, Latent, Latents, cache_latents
 from eri.data.cuts import PLAIN, Cut, Geometry, View, fit, geometry, size_ids, views
 from eri.data.folder import Dataset, Item, Mask, Progress, scan
 from eri.data.images import Decoded, decode
+from eri.data.rendering import caption_of, plain_caption
 from eri.data.shapes import Assignment, Shape, assign, shapes
+from eri.data.texts import Texts, TextStates, cache_texts
 
 __all__ = [
     "PLAIN",
@@ -16,6 +18,7 @@ __all__ = [
     "Dataset",
     "Decoded",
     "Encode",
+    "Encoded",
     "Geometry",
     "Item",
     "Latent",
@@ -23,12 +26,17 @@ __all__ = [
     "Mask",
     "Progress",
     "Shape",
+    "TextStates",
+    "Texts",
     "View",
     "assign",
     "cache_latents",
+    "cache_texts",
+    "caption_of",
     "decode",
     "fit",
     "geometry",
+    "plain_caption",
     "scan",
     "shapes",
     "size_ids",

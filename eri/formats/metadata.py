@@ -8,12 +8,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from eri import __version__
 from eri.formats.diffusers_folder import Prediction
 from eri.formats.parts import Family
 
-__all__ = ["adapter_metadata", "data_metadata", "without_data"]
+__all__ = ["Folder", "adapter_metadata", "data_metadata", "without_data"]
 
 # (family, prediction): kohya's base version, and the architecture of the Model Spec
 BASES: dict[tuple[Family, Prediction], tuple[str, str]] = {
@@ -107,24 +108,47 @@ def adapter_metadata(
     return metadata
 
 
-def data_metadata(model: str, captions: Mapping[str, Sequence[str]]) -> dict[str, str]:
+@dataclass(frozen=True)
+class Folder:
+    """A folder of training images."""
+
+    path: str
+    repeats: int
+    regularization: bool
+    captions: Sequence[str]  # one for each image
+
+
+def data_metadata(model: str, folders: Sequence[Folder]) -> dict[str, str]:
     """Header text that tells what an adapter was trained on.
 
     Args:
         model: the base model, by its name or path.
-        captions: of each folder of images, by its path.
+        folders: of its images.
     """
-    folders = {path: {"n_repeats": 1, "img_count": len(texts)} for path, texts in captions.items()}
+    trained = [folder for folder in folders if not folder.regularization]
+    others = [folder for folder in folders if folder.regularization]
+
+    def directories(some: Sequence[Folder]) -> str:
+        return json.dumps(
+            {f.path: {"n_repeats": f.repeats, "img_count": len(f.captions)} for f in some}
+        )
+
     tags = {
-        path: Counter(tag.strip() for text in texts for tag in text.lower().split(","))
-        for path, texts in captions.items()
+        folder.path: Counter(
+            tag.strip() for text in folder.captions for tag in text.lower().split(",")
+        )
+        for folder in trained
     }
-    return {
+    metadata = {
         MODEL_NAME: _last_part(model),
-        "ss_num_train_images": str(sum(map(len, captions.values()))),
-        "ss_dataset_dirs": json.dumps(folders),
+        "ss_num_train_images": str(sum(f.repeats * len(f.captions) for f in trained)),
+        "ss_dataset_dirs": directories(trained),
         "ss_tag_frequency": json.dumps(tags),
     }
+    if others:
+        metadata["ss_num_reg_images"] = str(sum(f.repeats * len(f.captions) for f in others))
+        metadata["ss_reg_dataset_dirs"] = directories(others)
+    return metadata
 
 
 def without_data(metadata: Mapping[str, str]) -> dict[str, str]:

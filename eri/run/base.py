@@ -1,4 +1,4 @@
-"""The base model of a run: where it is, whether it can be used, and its parts when loaded."""
+"""The base model of a run: where it is, whether it can be used, and its parts."""
 
 import importlib.resources
 from collections import Counter
@@ -25,7 +25,7 @@ from eri.models.vae import VAE, load_vae
 from eri.printable import printable
 from eri.run import hub
 
-__all__ = ["Base", "BaseFacts", "find_base", "load_base", "look_at"]
+__all__ = ["BaseFacts", "find_base", "look_at"]
 
 PURPOSES = {8: "editing by instruction (pix2pix)", 9: "inpainting", 5: "depth maps", 7: "upscaling"}
 """What a U-Net is for that takes more than a latent's 4 channels."""
@@ -91,15 +91,22 @@ class BaseFacts:
         """What is missing to train with it or to draw: a line and a hint for each."""
         return tuple(_lacks(self))
 
+    def load_unet(self, *, dtype: torch.dtype, device: torch.device) -> UNet:
+        """The U-Net, frozen."""
+        return load_unet(self.path, dtype=dtype, device=device)
 
-@dataclass(frozen=True)
-class Base:
-    """A base model's parts, loaded and frozen."""
+    def load_vae(self) -> VAE:
+        """The VAE, in float32 on the CPU."""
+        return load_vae(self.vae_path, family=self.spec.family)
 
-    facts: BaseFacts
-    unet: UNet
-    vae: VAE
-    text: TextEncoder
+    def load_text(self, device: torch.device | str) -> TextEncoder:
+        """The text encoders, in float32; on the device `meta` they can only count tokens."""
+        return load_text(
+            self.text_path,
+            device=device,
+            clip_skip=self.source.clip_skip,
+            joined=self.source.windows,
+        )
 
 
 Say = Callable[[str], None]
@@ -160,21 +167,6 @@ def find_base(model: ModelSource | str, say: Say = _silent) -> BaseFacts:
         noise=noise,
         hint=hint,
         notes=(*notes, *_unusual_types(unet)),
-    )
-
-
-def load_base(facts: BaseFacts, *, dtype: torch.dtype, device: torch.device) -> Base:
-    """Load a base model's weights: the U-Net in `dtype`, everything else in float32."""
-    return Base(
-        facts=facts,
-        unet=load_unet(facts.path, dtype=dtype, device=device),
-        vae=load_vae(facts.vae_path, device=device, family=facts.spec.family),
-        text=load_text(
-            facts.text_path,
-            device=device,
-            clip_skip=facts.source.clip_skip,
-            joined=facts.source.windows,
-        ),
     )
 
 

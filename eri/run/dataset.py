@@ -1,26 +1,27 @@
-"""The images of a run: checked before anything slow, then encoded once with their captions."""
+"""The images of a run, checked before anything slow happens."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 from PIL import Image
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from eri.config import Config, DataSource
-from eri.data import Item, Latents, Progress, Shape, assign, cache_latents, decode, scan
-from eri.models.text import TextEncoder
-from eri.printable import printable
-from eri.run.base import Base, BaseFacts
-from eri.run.conditions import Condition, encode, size_tensor
-from eri.run.objective import Sample
+from eri.data import Cut, Item, Progress, Shape, View, assign, decode, scan, views
+from eri.run.base import BaseFacts
 from eri.train import say
 
-__all__ = ["Encoder", "ImageSet", "Images", "Samples", "look_at_images"]
+__all__ = ["ImageSet", "Images", "look_at_images", "told"]
 
-PROMPTS_AT_ONCE = 16
 EXAMPLES = 4  # training images on the contact sheet
+AS_IT_IS = {"flip": False, "crop_jitter": 0.0, "color": 0.0, "repeats": 1, "validation": None}
+"""What a folder asks for that is measured on."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,48 @@ class ImageSet:
 
     items: tuple[Item, ...] = ()
     shapes: tuple[Shape, ...] = ()
-    fingerprint: str = ""  # of their bytes and captions in their order
+    sources: tuple[DataSource, ...] = ()
     resolution: int = 0  # side of the largest square whose area they are scaled to
+    joined: int = 0  # images that took their neighbours' shape
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def source(self, index: int) -> DataSource:
+        """The folder that an image is from, with its settings."""
+        return self.sources[self.items[index].source]
+
+    @cached_property
+    def views(self) -> tuple[tuple[View, ...], ...]:
+        """The versions of each image."""
+        return tuple(
+            views(item.sha256, self.source(index)) for index, item in enumerate(self.items)
+        )
+
+    @cached_property
+    def cuts(self) -> tuple[Cut, ...]:
+        """Every version of every image, in this order."""
+        return tuple(
+            Cut(item, shape, view)
+            for item, shape, versions in zip(self.items, self.shapes, self.views, strict=True)
+            for view in versions
+        )
+
+    @cached_property
+    def repeats(self) -> tuple[int, ...]:
+        """How often an epoch shows each image."""
+        return tuple(self.source(index).repeats for index in range(len(self)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of what is trained on: bytes, captions, masks and cuts in order."""
+        digest = hashlib.sha256()
+        for cut in self.cuts:
+            item = cut.item
+            mask = item.mask and item.mask.sha256
+            what = [item.source, item.sha256, item.captions, mask, cut.shape, cut.view]
+            digest.update(json.dumps(what).encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -45,9 +83,15 @@ class Images:
 
     def examples(self) -> list[Image.Image]:
         """A few of the training images, spread evenly."""
-        items = self.train.items
+        own = [n for n in range(len(self.train)) if not self.train.source(n).regularization]
+        items = [self.train.items[n] for n in own] or self.train.items
         count = min(EXAMPLES, len(items))
-        return [decode(items[n * len(items) // count].path).image for n in range(count)]
+        return [_picture(items[n * len(items) // count]) for n in range(count)]
+
+
+def _picture(item: Item) -> Image.Image:
+    cap = item.width * item.height
+    return decode(item.path, pixel_cap=cap, background=item.background or "#ffffff").image
 
 
 def look_at_images(
@@ -59,17 +103,18 @@ def look_at_images(
         DataError: something is missing or cannot be used; lists all of it.
     """
     held_out = [
-        source.model_copy(update={"path": source.validation, "validation": None})
+        source.model_copy(update={"path": source.validation, **AS_IT_IS})
         for source in config.data
         if source.validation is not None
     ]
-    train = _look(config.data, facts, console, check_stop)
-    validation = _look(held_out, facts, console, check_stop) if held_out else ImageSet()
+    train = _look(config.data, config.train.batch_size, facts, console, check_stop)
+    validation = _look(held_out, 1, facts, console, check_stop) if held_out else ImageSet()
     return Images(train, validation)
 
 
 def _look(
     sources: Sequence[DataSource],
+    batch_size: int,
     facts: BaseFacts,
     console: Console,
     check_stop: Callable[[], None],
@@ -79,124 +124,22 @@ def _look(
     resolutions = [
         facts.resolution if source.resolution == "auto" else source.resolution for source in sources
     ]
-    assignment = assign(dataset.items, resolutions, facts.step)
+    assignment = assign(dataset.items, sources, resolutions, step=facts.step, batch_size=batch_size)
     for line in (*dataset.skipped, *dataset.notes, *assignment.notes):
         say(console, f"note: {line}")
-    return ImageSet(dataset.items, assignment.shapes, dataset.fingerprint, max(resolutions))
-
-
-class Samples(Sequence[Sample]):
-    """Encoded images with the conditions of their captions; latents are read when asked for.
-
-    Args:
-        images: checked ones.
-        latents: theirs, in the same order.
-        conditions: of each caption.
-        windows: in which every caption was read.
-    """
-
-    def __init__(
-        self,
-        images: ImageSet,
-        latents: Latents,
-        conditions: dict[str, Condition],
-        windows: int,
-    ) -> None:
-        self.images = images
-        self.latents = latents
-        self.conditions = conditions
-        self.windows = windows
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # no slices
-        item, latent = self.images.items[index], self.latents[index]
-        condition = self.conditions[item.captions[0]]
-        sizes = size_tensor(item.width, item.height, self.images.shapes[index])
-        return Sample(
-            file=printable(item.path),
-            mean=latent.mean,
-            std=latent.std,
-            context=condition.context,
-            pooled=condition.pooled,
-            time_ids=None if condition.pooled is None else sizes,
-        )
-
-
-class Encoder:
-    """Encodes images and prompts with a base model, and tells how far it is."""
-
-    def __init__(self, console: Console, check_stop: Callable[[], None]) -> None:
-        self.console = console
-        self.check_stop = check_stop
-
-    def samples(self, base: Base, images: ImageSet, windows: int = 1) -> Samples:
-        """Encode images, from the cache where they are there, and their captions.
-
-        Args:
-            base: whose VAE and text encoder do it.
-            images: checked ones.
-            windows: of the text encoder, in which the captions are read; more if they need more.
-        """
-        captions = list(dict.fromkeys(item.captions[0] for item in images.items))
-        needed = base.text.windows_needed(captions) if captions else 1
-        more, windows = needed > windows, max(needed, windows)
-        conditions = self._conditions(base.text, captions, windows)
-        if more:
-            self._tell_the_longest(base.text, images, conditions, windows)
-        self._tell_what_is_cut(base.text, images, windows)
-        with told(self.console, "encoding images", self.check_stop) as progress:
-            latents = cache_latents(
-                images.items,
-                images.shapes,
-                base.vae.encode,
-                encoder=f"{base.facts.hashes['vae']} fp32 {base.vae.model.device.type}",
-                progress=progress,
-            )
-        return Samples(images, latents, conditions, windows)
-
-    def _conditions(
-        self, text: TextEncoder, captions: Sequence[str], windows: int
-    ) -> dict[str, Condition]:
-        conditions: list[Condition] = []
-        for start in range(0, len(captions), PROMPTS_AT_ONCE):
-            conditions += encode(text, captions[start : start + PROMPTS_AT_ONCE], windows)
-            self.check_stop()
-        return dict(zip(captions, conditions, strict=True))
-
-    def _tell_the_longest(
-        self,
-        text: TextEncoder,
-        images: ImageSet,
-        conditions: dict[str, Condition],
-        windows: int,
-    ) -> None:
-        """Why captions are read in several windows, and how long they become."""
-        longest = max(images.items, key=lambda item: text.tokens_lost(item.captions[0]))
-        tokens = text.tokens - 2 + text.tokens_lost(longest.caption)  # more than one window holds
-        states = len(conditions[longest.caption].context)
-        say(
-            self.console,
-            f"note: the longest caption has {tokens} tokens ({printable(longest.path)}); "
-            f"captions are encoded in {windows} windows of {text.tokens}, {states} states each",
-        )
-
-    def _tell_what_is_cut(self, text: TextEncoder, images: ImageSet, windows: int) -> None:
-        for item in images.items:
-            lost = text.tokens_lost(item.captions[0], windows=windows)
-            if lost:
-                say(
-                    self.console,
-                    f"note: {printable(item.path)}: the caption has {lost} tokens more than the "
-                    f"{windows * (text.tokens - 2)} that the model reads; its end is cut off",
-                )
+    return ImageSet(
+        dataset.items, assignment.shapes, tuple(sources), max(resolutions), assignment.joined
+    )
 
 
 @contextmanager
 def told(console: Console, what: str, check_stop: Callable[[], None]) -> Iterator[Progress]:
     """A progress bar for some work; yields the function that the work reports to."""
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    hidden = not console.is_terminal
+    with Bar(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden
+    ) as bar:
         task = bar.add_task(what, total=None)
 
         def report(done: int, total: int) -> None:

@@ -11,13 +11,16 @@ from eri.adapters import Adapter, attach
 from eri.config import Config
 from eri.diffusion import NoiseSchedule
 from eri.models.unet import UNet
-from eri.run.base import Base, BaseFacts, load_base
-from eri.run.conditions import guide
-from eri.run.dataset import Encoder, Images, Samples
-from eri.run.objective import Objective, Sample
+from eri.models.vae import VAE
+from eri.run.conditions import Condition
+from eri.run.dataset import Images
+from eri.run.encoding import Encoder
+from eri.run.micro_batch import Sample
+from eri.run.objective import Objective
 from eri.run.plan import RunPlan
 from eri.run.preview import Painter, Previews
-from eri.train import OPTIMIZERS, TrainState
+from eri.run.samples import Samples, micro_batches, texts_drawn, texts_of
+from eri.train import OPTIMIZERS, TrainState, say
 
 __all__ = ["Parts", "build"]
 
@@ -26,7 +29,7 @@ __all__ = ["Parts", "build"]
 class Parts:
     """Everything that the training loop is connected to."""
 
-    base: Base
+    unet: UNet
     adapter: Adapter
     state: TrainState
     objective: Objective
@@ -38,80 +41,111 @@ class Parts:
 def build(
     config: Config,
     plan: RunPlan,
-    facts: BaseFacts,
     images: Images,
     encoder: Encoder,
     *,
     settle: Callable[[UNet, Sequence[Sample]], NoiseSchedule],
 ) -> Parts:
-    """Load the base model, encode the images and prompts, and attach a fresh adapter.
+    """Encode the images and prompts, load the U-Net, and attach a fresh adapter.
 
     Args:
         config: the settings.
         plan: the decisions.
-        facts: of the base model.
         images: to train on.
-        encoder: of images and prompts.
+        encoder: of images and prompts, with a base model.
         settle: decides what the U-Net predicts, and over which schedule, while it is still the
             base model alone.
     """
     _set_arithmetic(config)
-    base = load_base(facts, dtype=plan.dtype, device=plan.device)
-    samples = encoder.samples(base, images.train)
-    validation = encoder.samples(base, images.validation, samples.windows)
-    schedule = settle(base.unet, samples)
+    vae = encoder.facts.load_vae()
+    encoded = _encode(config, plan, images, encoder, vae)
+    unet = encoder.facts.load_unet(dtype=plan.dtype, device=plan.device)
+    schedule = settle(unet, encoded.samples)
     adapter = attach(
-        base.unet,
+        unet,
         rank=config.adapter.rank,
         alpha=config.adapter.alpha,
         dropout=config.adapter.dropout,
         targets=config.adapter.targets,
         seed=config.train.seed,
     )
-    base.unet.train()
-    optimizer = OPTIMIZERS[config.train.optimizer]
-    parameters = dict(adapter.named_parameters())
+    unet.train()
     return Parts(
-        base=base,
+        unet=unet,
         adapter=adapter,
-        state=TrainState(
-            step=0,
-            parameters=parameters,
-            optimizer=optimizer(parameters.values(), config.train.lr, config.train.weight_decay),
-            scaler=GradScaler(plan.device.type, enabled=plan.dtype == torch.float16),
-        ),
+        state=_state(config, plan, adapter),
         objective=Objective(
-            base.unet,
-            schedule,
-            seed=config.train.seed,
-            drops=config.adapter.dropout > 0,
+            unet, schedule, seed=config.train.seed, drops=config.adapter.dropout > 0
         ),
-        samples=samples,
-        validation=validation,
-        previews=_previews(config, plan, base, adapter, schedule),
+        samples=encoded.samples,
+        validation=encoded.validation,
+        previews=Previews(
+            painter=_painter(config, unet, vae, schedule),
+            prompts=[prompt for prompt, _ in plan.prompts],
+            negative_prompt=config.sample.negative,
+            conditions=encoded.prompts,
+            adapter=adapter,
+            size=plan.size,
+            folder=config.output / "samples",
+        ),
     )
 
 
-def _previews(
-    config: Config, plan: RunPlan, base: Base, adapter: Adapter, schedule: NoiseSchedule
-) -> Previews:
+@dataclass(frozen=True)
+class _Encoded:
+    samples: Samples
+    validation: Samples
+    prompts: Sequence[tuple[Condition, Condition]]  # each with the negative one
+
+
+def _encode(config: Config, plan: RunPlan, images: Images, encoder: Encoder, vae: VAE) -> _Encoded:
+    """Everything that the encoders are needed for; they are free again afterwards."""
+    train, held_out = images.train, images.validation
+    latents, held_out_latents = encoder.latents(train, vae), encoder.latents(held_out, vae)
+    numbers = micro_batches(plan.batches, config.train.accumulate, range(plan.loop.steps))
+    drawn = texts_drawn(train, plan.batches, numbers, config.train.seed)
+    with encoder.reader() as reader:
+        samples = encoder.samples(
+            train, latents, reader, (*texts_of(train), *drawn), seed=config.train.seed
+        )
+        validation = encoder.samples(
+            held_out,
+            held_out_latents,
+            reader,
+            texts_of(held_out),
+            least_windows=samples.windows,
+        )
+        prompts = [
+            reader.guide(prompt, config.sample.negative, weighted=weighted)
+            for prompt, weighted in plan.prompts
+        ]
+        note = reader.words.clip_skip_note
+    if note:
+        say(encoder.console, f"note: {note}")
+    return _Encoded(samples, validation, prompts)
+
+
+def _state(config: Config, plan: RunPlan, adapter: Adapter) -> TrainState:
+    parameters = dict(adapter.named_parameters())
+    optimizer = OPTIMIZERS[config.train.optimizer]
+    return TrainState(
+        step=0,
+        parameters=parameters,
+        optimizer=optimizer(parameters.values(), config.train.lr, config.train.weight_decay),
+        scaler=GradScaler(plan.device.type, enabled=plan.dtype == torch.float16),
+    )
+
+
+def _painter(config: Config, unet: UNet, vae: VAE, schedule: NoiseSchedule) -> Painter:
     wanted = config.sample
-    return Previews(
-        painter=Painter(
-            unet=base.unet,
-            vae=base.vae,
-            schedule=schedule,
-            sampler=wanted.sampler,
-            steps=wanted.steps,
-            guidance=wanted.guidance,
-            seed=wanted.seed,
-        ),
-        prompts=plan.prompts,
-        negative_prompt=wanted.negative,
-        conditions=[guide(base.text, prompt, wanted.negative) for prompt in plan.prompts],
-        adapter=adapter,
-        size=plan.size,
-        folder=config.output / "samples",
+    return Painter(
+        unet=unet,
+        vae=vae,
+        schedule=schedule,
+        sampler=wanted.sampler,
+        steps=wanted.steps,
+        guidance=wanted.guidance,
+        seed=wanted.seed,
     )
 
 

@@ -19,7 +19,8 @@ from eri.formats.diffusers_folder import NoiseConfig
 from eri.formats.prediction_hints import Hint
 from eri.models.unet import UNet
 from eri.printable import printable
-from eri.run.objective import Sample, conditions_of
+from eri.run.micro_batch import Sample
+from eri.run.objective import conditions_of
 from eri.run.probe import Subject, probe_prediction, probe_zero_snr
 
 __all__ = ["Choice", "Fact", "Subjects", "choose", "recorded", "schedule_of", "settle"]

@@ -63,7 +63,8 @@ class Painter:
             steps=self.steps,
         )
         unet.train(was_training)
-        pixels = (self.vae.decode(latent)[0].float() + 1) * 127.5
+        pixels = (self.vae.to(unet.device).decode(latent)[0].float() + 1) * 127.5
+        self.vae.to("cpu")
         levels = pixels.round().clamp(0, 255).to(torch.uint8)
         return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 

@@ -11,19 +11,23 @@ from rich.console import Console
 from eri.config import Config, dump_config, trajectory
 from eri.diffusion import NoiseSchedule
 from eri.files import atomic_write, disk_errors, require_space
-from eri.formats.metadata import adapter_metadata, data_metadata
+from eri.formats.metadata import Folder, adapter_metadata, data_metadata
 from eri.models.unet import UNet
 from eri.run import checkpoints
 from eri.run.adapter_files import CONFIG, finished_adapter, is_finished, shapes_of, write_verified
 from eri.run.base import BaseFacts, look_at
-from eri.run.dataset import Encoder, Images, look_at_images
+from eri.run.dataset import Images, look_at_images
 from eri.run.device import unusable_card
+from eri.run.encoding import Encoder
 from eri.run.folder import claim, own
+from eri.run.loader import Loader, worker_count
 from eri.run.memory import memory_errors
-from eri.run.objective import Sample, SampleBatch
+from eri.run.micro_batch import Sample
 from eri.run.parts import Parts, build
 from eri.run.plan import RunPlan, plan_run
 from eri.run.prediction import Choice, Subjects, choose, recorded, schedule_of, settle
+from eri.run.rates import remember_rate
+from eri.run.samples import Steps
 from eri.run.stop import StopSignals
 from eri.run.validation import Validation
 from eri.train import Log, cut, say
@@ -128,10 +132,14 @@ class _Run:
             return True
         checkpoints.set_aside(self.folder, checkpoint)
         self._write_config()
-        encoder = Encoder(self.console, stop.raise_if_stopped)
-        parts = build(self.config, self.plan, self.facts, self.images, encoder, settle=self._settle)
-        if parts.base.text.clip_skip_note:
-            self.say(f"note: {parts.base.text.clip_skip_note}")
+        encoder = Encoder(
+            self.facts,
+            dtype=self.plan.dtype,
+            device=self.plan.device,
+            console=self.console,
+            check_stop=stop.raise_if_stopped,
+        )
+        parts = build(self.config, self.plan, self.images, encoder, settle=self._settle)
         size = sum(p.numel() for p in parts.adapter.parameters()) * BYTES_OF_A_STATE
         require_space(self.folder, size * (self.config.save.keep + 1))
         if checkpoint is not None:
@@ -175,23 +183,28 @@ class _Run:
             self.say("drawing the previews of the base model")
             parts.previews.draw(0, stop)
 
-        def batch(number: int) -> SampleBatch:
-            chosen = self.plan.batches.batch(number)
-            return SampleBatch([parts.samples[n] for n in chosen.indices], chosen.samples)
-
-        with Log(
-            log_file, steps=self.plan.loop.steps, step=state.step, console=self.console
-        ) as log:
+        steps = Steps(parts.samples, self.plan.batches, self.config.train.accumulate)
+        with (
+            Log(log_file, steps=self.plan.loop.steps, step=state.step, console=self.console) as log,
+            Loader(
+                steps,
+                steps=range(state.step, self.plan.loop.steps),
+                workers=worker_count(self.config.train.workers, self.plan.device),
+                device=self.plan.device,
+                say=log.say,
+            ) as batches,
+        ):
             train_loop(
                 self.plan.loop,
                 state,
                 loss=parts.objective,
-                batch=batch,
+                batches=batches,
                 log=log,
                 sample=lambda step: parts.previews.draw(step, stop),
                 save=lambda: self._save(parts),
                 stop=stop,
             )
+        remember_rate(self.plan.pace, log.images_per_second)
 
     def _save(self, parts: Parts) -> None:
         """Write an adapter of this step and the state, then delete old states."""
@@ -245,18 +258,30 @@ class _Run:
             zero_terminal_snr=self.choice.zero_terminal_snr,
             base=self.facts.name,
             clip_skip=self.config.model.clip_skip,
-            trigger_phrase=self.config.save.trigger_phrase,
+            trigger_phrase=self._trigger_phrase(),
         )
         if self.config.save.metadata == "full":
-            metadata |= data_metadata(self.config.model.path, self._captions())
+            metadata |= data_metadata(self.config.model.path, self._folders())
         return metadata
 
-    def _captions(self) -> dict[str, list[str]]:
-        """The captions of each source, by the path of its folder."""
-        captions: dict[str, list[str]] = {str(source.path): [] for source in self.config.data}
+    def _trigger_phrase(self) -> str | None:
+        """What is set, else the trigger words of the images."""
+        words = dict.fromkeys(
+            source.caption.trigger
+            for source in self.config.data
+            if source.caption.trigger and not source.regularization
+        )
+        return self.config.save.trigger_phrase or ", ".join(words) or None
+
+    def _folders(self) -> list[Folder]:
+        """What the adapter's file tells of each folder of images."""
+        captions: list[list[str]] = [[] for _ in self.config.data]
         for item in self.images.train.items:
-            captions[str(self.config.data[item.source].path)].append(item.captions[0])
-        return captions
+            captions[item.source].append(item.captions[0])
+        return [
+            Folder(str(source.path), source.repeats, source.regularization, texts)
+            for source, texts in zip(self.config.data, captions, strict=True)
+        ]
 
     def _tell_finished(self) -> None:
         self.say(f"this run is finished: {self.plan.loop.steps} steps are done; nothing to train")
@@ -284,12 +309,11 @@ def _resolved(config: Config, plan: RunPlan, choice: Choice) -> Config:
         )
         for source in config.data
     )
-    update = {
-        "model": model,
-        "data": data,
-        "output": config.output.absolute(),
-        "train": config.train.model_copy(update={"steps": plan.loop.steps}),
-    }
+    train = config.train
+    if train.epochs is None:  # one of the two says how long
+        train = train.model_copy(update={"steps": plan.loop.steps})
+    output = config.output.absolute()
+    update = {"model": model, "data": data, "output": output, "train": train}
     return config.model_copy(update=update)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import eri
-from eri.formats.metadata import BASES, adapter_metadata, data_metadata, without_data
+from eri.formats.metadata import BASES, Folder, adapter_metadata, data_metadata, without_data
 
 
 def made(**change: Any) -> dict[str, str]:
@@ -76,7 +76,7 @@ def test_of_the_base_model_only_its_name_is_told(base: str, name: str) -> None:
     metadata = made(base=base)
     assert metadata["ss_sd_model_name"] == name
     assert json.loads(json.dumps(metadata).encode()) == metadata
-    assert data_metadata(base, {})["ss_sd_model_name"] == name
+    assert data_metadata(base, [])["ss_sd_model_name"] == name
 
 
 def test_every_value_is_text() -> None:
@@ -108,14 +108,24 @@ def test_each_family_is_recognised(family: str, prediction: str) -> None:
 
 
 def test_data_is_told_in_the_shape_that_a1111_reads() -> None:
-    captions = {"photos/cats": ["Cat, sitting", "cat, asleep"], "dogs": ["dog"]}
-    metadata = data_metadata("sd15", captions)
+    folders = [
+        Folder("photos/cats", 3, False, ["Cat, sitting", "cat, asleep"]),
+        Folder("dogs", 1, False, ["dog"]),
+        Folder("any", 2, True, ["a photo"]),
+    ]
+    metadata = data_metadata("sd15", folders)
     assert metadata["ss_sd_model_name"] == "sd15"
-    assert metadata["ss_num_train_images"] == "3"
+    assert metadata["ss_num_train_images"] == "7"  # with their repeats, as kohya's scripts count
+    assert metadata["ss_num_reg_images"] == "2"
     tags = json.loads(metadata["ss_tag_frequency"])
     assert tags == {"photos/cats": {"cat": 2, "sitting": 1, "asleep": 1}, "dogs": {"dog": 1}}
-    folders = json.loads(metadata["ss_dataset_dirs"])
-    assert folders["photos/cats"] == {"n_repeats": 1, "img_count": 2}
+    told = json.loads(metadata["ss_dataset_dirs"])
+    assert told == {
+        "photos/cats": {"n_repeats": 3, "img_count": 2},
+        "dogs": {"n_repeats": 1, "img_count": 1},
+    }
+    assert json.loads(metadata["ss_reg_dataset_dirs"]) == {"any": {"n_repeats": 2, "img_count": 1}}
+    assert "ss_num_reg_images" not in data_metadata("sd15", folders[:2])
 
 
 def test_what_goes_along_to_another_file() -> None:

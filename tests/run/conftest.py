@@ -3,13 +3,16 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
 from rich.console import Console
 
 from eri.config import Config, load_config
+from eri.run.stop import StopSignals
 from eri.run.train import train
+from eri.train import StepNumbers, TrainState, loop
 
 
 class Screen:
@@ -52,6 +55,24 @@ def write_config(folder: Path, model: Path, *, steps: int = 4) -> Path:
         "sample: {every: 2, steps: 2, prompts: [a red disc], size: 64}\n"
     )
     return path
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Make the run believe that it got a SIGTERM during its last of some steps."""
+    signals: list[StopSignals] = []
+    enter, update = StopSignals.__enter__, loop.update
+
+    def entered(self: StopSignals) -> StopSignals:
+        signals.append(self)
+        return enter(self)
+
+    def updated(state: TrainState, *arguments: Any) -> StepNumbers:
+        if state.step + 1 == steps:
+            signals[0].number = 15
+        return update(state, *arguments)
+
+    monkeypatch.setattr(StopSignals, "__enter__", entered)
+    monkeypatch.setattr(loop, "update", updated)
 
 
 @pytest.fixture

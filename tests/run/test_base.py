@@ -7,9 +7,11 @@ from safetensors.torch import load_file, save_file
 
 from eri.config import ModelSource
 from eri.errors import ModelError
-from eri.run.base import find_base, load_base, look_at
+from eri.run.base import find_base, look_at
 from tests.families import save_sd15_real, single_file
 from tests.stub_hub import stub_hub
+
+CPU = torch.device("cpu")
 
 
 def test_what_is_known_before_any_weight_is_read(sd15: Path) -> None:
@@ -21,11 +23,13 @@ def test_what_is_known_before_any_weight_is_read(sd15: Path) -> None:
 
 
 def test_the_parts_are_loaded_frozen_and_only_the_net_in_the_runs_type(sd15: Path) -> None:
-    base = load_base(look_at(str(sd15)), dtype=torch.bfloat16, device=torch.device("cpu"))
-    assert {p.dtype for p in base.unet.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in base.vae.model.parameters()} == {torch.float32}
-    assert {p.dtype for p in base.text.model.parameters()} == {torch.float32}
-    parts = (base.unet, base.vae.model, base.text.model)
+    facts = look_at(str(sd15))
+    unet = facts.load_unet(dtype=torch.bfloat16, device=CPU)
+    vae, text = facts.load_vae(), facts.load_text(CPU)
+    assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in vae.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in text.model.parameters()} == {torch.float32}
+    parts = (unet, vae.model, text.model)
     assert not any(p.requires_grad for part in parts for p in part.parameters())
 
 
@@ -49,7 +53,7 @@ def test_a_tokenizer_that_cannot_be_read_is_named(sd15: Path, tmp_path: Path) ->
     folder = shutil.copytree(sd15, tmp_path / "model")
     (folder / "tokenizer" / "vocab.json").write_text("{")
     with pytest.raises(ModelError, match="the tokenizer cannot be read"):
-        load_base(look_at(str(folder)), dtype=torch.float32, device=torch.device("cpu"))
+        look_at(str(folder)).load_text(CPU)
     (folder / "tokenizer" / "vocab.json").unlink()
     with pytest.raises(ModelError, match=r"neither tokenizer\.json nor"):
         look_at(str(folder))
@@ -83,9 +87,8 @@ def test_other_files_supply_what_a_model_lacks(sdxl: Path, tmp_path: Path) -> No
     facts = look_at(ModelSource(path=str(alone), vae=str(vae), text=str(sdxl)))
     assert facts.spec.family == "sdxl"
     assert facts.parts.files["vae"] == [vae]
-    base = load_base(facts, dtype=torch.float32, device=torch.device("cpu"))
-    assert base.vae.scale == 0.13025
-    assert base.text.encode(["a cat"])[1] is not None
+    assert facts.load_vae().scale == 0.13025
+    assert facts.load_text(CPU).encode(["a cat"])[1] is not None
 
 
 def test_text_encoders_of_another_family_are_refused(sdxl: Path, sd21: Path) -> None:
@@ -149,4 +152,4 @@ def test_a_model_on_the_hub(sdxl: Path, tmp_path: Path, monkeypatch: pytest.Monk
         facts = look_at("owner/name@v1.0", said.append)
     assert (facts.name, facts.spec.family) == ("name", "sdxl")
     assert any("owner/name" in line for line in said)
-    assert load_base(facts, dtype=torch.float32, device=torch.device("cpu")).vae.scale == 0.13025
+    assert facts.load_vae().scale == 0.13025

@@ -6,7 +6,8 @@ import torch
 
 from eri.config import Config
 from eri.run.base import look_at
-from eri.run.dataset import Encoder, look_at_images
+from eri.run.dataset import look_at_images
+from eri.run.encoding import Encoder
 from eri.run.objective import SampleBatch, validate
 from eri.run.parts import Parts, build
 from eri.run.plan import plan_run
@@ -20,9 +21,15 @@ def built(screen: Screen) -> Callable[[Config], Parts]:
         facts = look_at(config.model.path)
         images = look_at_images(config, facts, screen.console, lambda: None)
         plan = plan_run(config, facts, choose(config.model, facts.hint), images)
-        encoder = Encoder(screen.console, lambda: None)
+        encoder = Encoder(
+            facts,
+            dtype=plan.dtype,
+            device=plan.device,
+            console=screen.console,
+            check_stop=lambda: None,
+        )
         schedule = schedule_of(facts.noise, plan.choice)
-        return build(config, plan, facts, images, encoder, settle=lambda *asked: schedule)
+        return build(config, plan, images, encoder, settle=lambda *asked: schedule)
 
     return build_for
 
@@ -31,9 +38,9 @@ def test_the_parts_fit_together(config: Config, built: Callable[[Config], Parts]
     parts = built(config)
     assert parts.state.step == 0
     assert list(parts.state.parameters) == [name for name, _ in parts.adapter.named_parameters()]
-    assert parts.base.unet.training  # adapters' dropout is on
+    assert parts.unet.training  # adapters' dropout is on
     assert (len(parts.samples), len(parts.validation)) == (5, 2)
-    assert parts.previews.prompts == ("a red disc",)
+    assert parts.previews.prompts == ["a red disc"]
     assert not parts.state.scaler.is_enabled()
 
 
@@ -73,8 +80,8 @@ def test_the_adapter_is_float32_beside_a_net_in_bf16(
 ) -> None:
     parts = built(change(config, train={"precision": "bf16"}))
     assert {p.dtype for p in parts.adapter.parameters()} == {torch.float32}
-    assert parts.base.unet.conv_in.weight.dtype == torch.bfloat16
-    assert parts.base.unet.dtype == torch.bfloat16
+    assert parts.unet.conv_in.weight.dtype == torch.bfloat16
+    assert parts.unet.dtype == torch.bfloat16
 
 
 def test_deterministic_is_switched_on_and_off(

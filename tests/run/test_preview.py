@@ -9,7 +9,7 @@ from PIL import Image
 from eri.adapters import attach
 from eri.diffusion import NoiseSchedule
 from eri.models import load_unet, load_vae
-from eri.run.base import load_base, look_at
+from eri.run.base import look_at
 from eri.run.conditions import Condition, Conditions
 from eri.run.preview import Painter, Previews
 
@@ -19,10 +19,10 @@ NEGATIVE = Condition(torch.randn(7, 32))
 
 @pytest.fixture
 def painter(sd15: Path) -> Painter:
-    base = load_base(look_at(str(sd15)), dtype=torch.float32, device=torch.device("cpu"))
+    facts = look_at(str(sd15))
     return Painter(
-        unet=base.unet,
-        vae=base.vae,
+        unet=facts.load_unet(dtype=torch.float32, device=torch.device("cpu")),
+        vae=facts.load_vae(),
         schedule=NoiseSchedule(),
         sampler="euler",
         steps=2,

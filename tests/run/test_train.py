@@ -1,7 +1,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,11 +12,11 @@ from eri.files import lock
 from eri.formats.header import read_header
 from eri.formats.tensors import load_tensors
 from eri.models import load_unet
+from eri.run.base import BaseFacts
 from eri.run.preview import Previews
 from eri.run.stop import StopSignals
 from eri.run.train import train
-from eri.train import StepNumbers, TrainState, loop
-from tests.run.conftest import Screen
+from tests.run.conftest import Screen, stop_after
 
 Change = Callable[..., Config]
 
@@ -47,24 +46,6 @@ def stop_in_previews(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         return right(self, at, stop)
 
     monkeypatch.setattr(Previews, "draw", draw)
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Make the run believe that it got a SIGTERM during its last of some steps."""
-    signals: list[StopSignals] = []
-    enter, update = StopSignals.__enter__, loop.update
-
-    def entered(self: StopSignals) -> StopSignals:
-        signals.append(self)
-        return enter(self)
-
-    def updated(state: TrainState, *arguments: Any) -> StepNumbers:
-        if state.step + 1 == steps:
-            signals[0].number = 15
-        return update(state, *arguments)
-
-    monkeypatch.setattr(StopSignals, "__enter__", entered)
-    monkeypatch.setattr(loop, "update", updated)
 
 
 def test_the_files_of_a_run_are_those_of_the_contract(finished: Path) -> None:
@@ -285,12 +266,14 @@ def test_nothing_is_loaded_before_images_and_model_are_known_to_be_there(
     def load(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("eri.run.parts.load_base", load)
+    for part in ("load_unet", "load_vae", "load_text"):
+        monkeypatch.setattr(BaseFacts, part, load)
     (config.data[0].path / "0.txt").unlink()
     (config.data[0].path / "1.png").write_bytes(b"<html>")
     with pytest.raises(DataError, match="2 of 5") as refused:
         train(config, screen.console)
-    assert len(refused.value.problems) == 2
+    faults = [line for line in refused.value.problems if not line.startswith("note:")]
+    assert len(faults) == 2
     missing = config.model.model_copy(update={"path": "not/there/at/all"})
     with pytest.raises(ModelError, match="no such model"):  # before the images
         train(change(config, model=missing), screen.console)

@@ -1,0 +1,219 @@
+"""Images and prompts to what the U-Net is given, once: kept in the cache, and read from there.
+
+The encoders are loaded only if something is missing, one after the other, and are freed before the
+U-Net is loaded, so that the memory of a run is that of its steps.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Self
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from eri.data import Encoded, Latents, Progress, Texts, TextStates, cache_latents, cache_texts
+from eri.models.text import TextEncoder
+from eri.models.vae import VAE
+from eri.printable import first_few, printable
+from eri.run.base import BaseFacts
+from eri.run.cache_space import latents_made_by
+from eri.run.conditions import Condition
+from eri.run.dataset import ImageSet, told
+from eri.run.samples import Samples, Text, texts_of
+from eri.train import say
+
+__all__ = ["Encoder", "Reader"]
+
+
+class Reader:
+    """Prompts to text states, from the cache where they are there; free at the end of its block.
+
+    Args:
+        facts: of the base model whose encoders read.
+        dtype: of the states.
+        device: where they are worked out; they end on the CPU.
+        progress: makes a bar for some work.
+    """
+
+    def __init__(
+        self,
+        facts: BaseFacts,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Callable[[str], AbstractContextManager[Progress]] | None = None,
+    ) -> None:
+        self.facts = facts
+        self.dtype = dtype
+        self.device = device
+        self.progress = progress
+        self.words = facts.load_text("meta")
+        """The encoders without their weights: they count tokens."""
+        self._encoder: TextEncoder | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._encoder = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def texts(self, prompts: Sequence[str], *, windows: int, weighted: bool) -> Texts:
+        """The states of some prompts, each read in so many windows."""
+        source, hashes = self.facts.source, self.facts.hashes
+        weights = " ".join(hashes[part] for part in sorted(hashes) if part.startswith("text"))
+        made_by = (
+            f"{weights} {self.dtype} on {self.device.type}, {windows} windows joined as {source.windows}, clip skip {source.clip_skip}, "
+            f"{'weighted' if weighted else 'literal'}"
+        )
+
+        def states(text: str) -> TextStates:
+            if self._encoder is None:
+                self._encoder = self.facts.load_text(self.device)
+            context, pooled = self._encoder.encode([text], windows=windows, weighted=weighted)
+            pooled = None if pooled is None else pooled[0].to("cpu", self.dtype)
+            return TextStates(context[0].to("cpu", self.dtype), pooled)
+
+        if self.progress is None:
+            return cache_texts(prompts, states, encoder=made_by)
+        with self.progress("encoding captions") as progress:
+            return cache_texts(prompts, states, encoder=made_by, progress=progress)
+
+    def guide(
+        self, prompt: str, negative: str, *, weighted: bool = True
+    ) -> tuple[Condition, Condition]:
+        """The conditions of a prompt and of what it is guided away from, equally long.
+
+        They hang on these two texts alone, so that a picture does not change with its neighbours.
+
+        Args:
+            prompt: what to draw.
+            negative: what not to; in the syntax of the UIs.
+            weighted: whether the prompt is in that syntax, too, or just text.
+        """
+        windows = max(
+            self.words.windows_needed([prompt], weighted=weighted),
+            self.words.windows_needed([negative], weighted=True),
+        )
+        given = self.texts([prompt], windows=windows, weighted=weighted)[prompt]
+        without = self.texts([negative], windows=windows, weighted=True)[negative]
+        return Condition(given.context, given.pooled), Condition(without.context, without.pooled)
+
+
+class Encoder:
+    """Makes the samples of a run, and tells how far it is and what its owner may want to know.
+
+    Args:
+        facts: of the base model whose encoders are used.
+        dtype: of the text states.
+        device: where is encoded.
+        console: where people read.
+        check_stop: called between two images or texts; raises to stop.
+    """
+
+    def __init__(
+        self,
+        facts: BaseFacts,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        console: Console,
+        check_stop: Callable[[], None],
+    ) -> None:
+        self.facts = facts
+        self.dtype = dtype
+        self.device = device
+        self.console = console
+        self.check_stop = check_stop
+
+    def reader(self) -> Reader:
+        """A reader of prompts that shows its progress."""
+        return Reader(self.facts, dtype=self.dtype, device=self.device, progress=self._progress)
+
+    def latents(self, images: ImageSet, vae: VAE) -> Latents:
+        """The latents of every version of every image; the VAE is on the device while it works."""
+
+        def encode(pixels: Tensor) -> Encoded:
+            return vae.to(self.device).encode_within_memory(pixels)
+
+        made_by = latents_made_by(self.facts, self.device)
+        with self._progress("encoding images") as progress:
+            latents = cache_latents(images.cuts, encode, encoder=made_by, progress=progress)
+        vae.to("cpu")
+        return latents
+
+    def samples(
+        self,
+        images: ImageSet,
+        latents: Latents,
+        reader: Reader,
+        wanted: Iterable[Text],
+        *,
+        least_windows: int = 1,
+        seed: int = 0,
+    ) -> Samples:
+        """Images with their captions.
+
+        Args:
+            images: checked ones.
+            latents: theirs.
+            reader: of the captions.
+            wanted: every text that is read with the images.
+            least_windows: of the text encoder, in which captions are read; more if they need more.
+            seed: of the run.
+        """
+        prompts: dict[bool, list[str]] = {False: [], True: []}
+        for text, weighted in dict.fromkeys(wanted):
+            prompts[weighted].append(text)
+        needed = [
+            reader.words.windows_needed(texts, weighted=weighted)
+            for weighted, texts in prompts.items()
+            if texts
+        ]
+        windows = max(least_windows, *needed, 1)
+        self._tell_of_windows(reader, images, windows)
+        texts = {
+            weighted: reader.texts(texts, windows=windows, weighted=weighted)
+            for weighted, texts in prompts.items()
+        }
+        return Samples(images, latents, texts, windows=windows, seed=seed)
+
+    def _progress(self, what: str) -> AbstractContextManager[Progress]:
+        return told(self.console, what, self.check_stop)
+
+    def _tell_of_windows(self, reader: Reader, images: ImageSet, windows: int) -> None:
+        """Why captions are read in several windows, and which are too long even so."""
+        words = reader.words
+        lost = {
+            index: words.tokens_lost(text, weighted=weighted)
+            for index, (text, weighted) in enumerate(texts_of(images))
+        }
+        longest = max(lost, key=lambda index: lost[index], default=None)
+        if longest is None or not lost[longest]:
+            return
+        inner = words.tokens - 2
+        path = printable(images.items[longest].path)
+        say(
+            self.console,
+            f"note: the longest caption has {inner + lost[longest]} tokens ({path}); captions are "
+            f"encoded in {windows} windows of {words.tokens}",
+        )
+        most = (windows - 1) * inner
+        cut = [index for index in lost if lost[index] > most]
+        if cut:
+            names = first_few(
+                cut, lambda index: f"{printable(images.items[index].path)} by {lost[index] - most}"
+            )
+            say(
+                self.console,
+                f"note: captions with more than the {windows * inner} tokens that the model reads, "
+                f"whose ends are cut off ({len(cut)}): {', '.join(names)}",
+            )

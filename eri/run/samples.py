@@ -1,0 +1,154 @@
+"""The samples of a run: what step n trains on, from what is kept in the cache.
+
+Everything here is read by processes that read ahead, so it holds paths and settings, no tensors.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from eri.data import Batches, Latents, Texts, View, caption_of, plain_caption
+from eri.printable import printable
+from eri.rng import generator
+from eri.run.conditions import size_tensor
+from eri.run.dataset import ImageSet
+from eri.run.objective import Sample, SampleBatch
+
+__all__ = [
+    "Samples",
+    "Steps",
+    "Text",
+    "micro_batches",
+    "plain_text",
+    "texts_drawn",
+    "texts_of",
+]
+
+Text = tuple[str, bool]
+"""A caption, and whether the weights in it count."""
+
+
+class Samples(Sequence[Sample]):
+    """Encoded images with their captions, read when they are asked for.
+
+    Args:
+        images: checked ones.
+        latents: of their `cuts`, in the same order.
+        texts: the states of their captions, by whether weights count.
+        windows: in which every caption was read.
+        seed: of the run, from which versions and captions are drawn.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        latents: Latents,
+        texts: Mapping[bool, Texts],
+        *,
+        windows: int,
+        seed: int,
+    ) -> None:
+        self.images = images
+        self.latents = latents
+        self.texts = texts
+        self.windows = windows
+        self.seed = seed
+        self._first = [0, *accumulate(len(versions) for versions in images.views)]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # no slices
+        """An image in its first version, with its plain caption."""
+        return self._sample(index, 0, plain_text(self.images, index))
+
+    def of_number(self, index: int, number: int) -> Sample:
+        """An image as sample `number` of the run shows it."""
+        versions = self.images.views[index]
+        draws = generator(self.seed, "view", sample=number)
+        view = int(torch.randint(len(versions), (), generator=draws)) if len(versions) > 1 else 0
+        return self._sample(index, view, text_of(self.images, index, number, self.seed))
+
+    def _sample(self, index: int, version: int, text: Text) -> Sample:
+        item, source = self.images.items[index], self.images.source(index)
+        latent = self.latents[self._first[index] + version]
+        caption, weighted = text
+        states = self.texts[weighted][caption]
+        view: View = self.images.views[index][version]
+        sizes = size_tensor(item.width, item.height, self.images.shapes[index], view)
+        return Sample(
+            file=printable(item.path),
+            mean=latent.mean,
+            std=latent.std,
+            context=states.context,
+            pooled=states.pooled,
+            time_ids=None if states.pooled is None else sizes,
+            mask=latent.mask,
+            unmasked_weight=source.unmasked_weight,
+            weight=source.weight,
+        )
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The micro-batches of each step.
+
+    Args:
+        samples: to train on.
+        batches: their order.
+        accumulate: micro-batches in a step; the last step of a run of epochs may have fewer.
+    """
+
+    samples: Samples
+    batches: Batches
+    accumulate: int
+
+    def __call__(self, step: int) -> list[SampleBatch]:
+        """The micro-batches of a step, counted from 0."""
+        found = []
+        for number in micro_batches(self.batches, self.accumulate, range(step, step + 1)):
+            indices, numbers = self.batches.batch(number)
+            pairs = zip(indices, numbers, strict=True)
+            found.append(SampleBatch([self.samples.of_number(*pair) for pair in pairs], numbers))
+        return found
+
+
+def micro_batches(batches: Batches, accumulate: int, steps: range) -> range:
+    """The numbers of the micro-batches of some steps."""
+    end = steps.stop * accumulate
+    return range(
+        steps.start * accumulate, end if batches.total is None else min(end, batches.total)
+    )
+
+
+def texts_of(images: ImageSet) -> Iterator[Text]:
+    """The plain caption of each image."""
+    return (plain_text(images, index) for index in range(len(images)))
+
+
+def texts_drawn(
+    images: ImageSet, batches: Batches, numbers: Iterable[int], seed: int
+) -> Iterator[Text]:
+    """The caption of each sample in some micro-batches of a run."""
+    for number in numbers:
+        for index, sample in zip(*batches.batch(number), strict=True):
+            yield text_of(images, index, sample, seed)
+
+
+def plain_text(images: ImageSet, index: int) -> Text:
+    """The caption of an image where nothing is left to chance."""
+    source = images.source(index)
+    captions, rules = images.items[index].captions, source.caption
+    return plain_caption(captions, rules, regularization=source.regularization), rules.weights
+
+
+def text_of(images: ImageSet, index: int, number: int, seed: int) -> Text:
+    """The caption that an image has as sample `number` of the run."""
+    source = images.source(index)
+    captions, rules = images.items[index].captions, source.caption
+    caption = caption_of(
+        captions, rules, seed=seed, sample=number, regularization=source.regularization
+    )
+    return caption, rules.weights

@@ -1,0 +1,156 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from eri.config import Config
+from eri.models.text import TextEncoder
+from eri.models.vae import VAE
+from eri.run.base import BaseFacts, look_at
+from eri.run.dataset import ImageSet, look_at_images
+from eri.run.encoding import Encoder
+from eri.run.samples import Samples, texts_of
+from tests.run.conftest import Screen
+
+CPU = torch.device("cpu")
+
+
+def go_on() -> None:
+    """Nobody asked to stop."""
+
+
+def look(config: Config, screen: Screen) -> tuple[BaseFacts, ImageSet]:
+    facts = look_at(config.model.path)
+    return facts, look_at_images(config, facts, screen.console, go_on).train
+
+
+def encoder_for(facts: BaseFacts, screen: Screen) -> Encoder:
+    return Encoder(facts, dtype=torch.float32, device=CPU, console=screen.console, check_stop=go_on)
+
+
+def encoded(facts: BaseFacts, images: ImageSet, screen: Screen, windows: int = 1) -> Samples:
+    encoder = encoder_for(facts, screen)
+    latents = encoder.latents(images, facts.load_vae())
+    with encoder.reader() as reader:
+        wanted = texts_of(images)
+        return encoder.samples(images, latents, reader, wanted, least_windows=windows)
+
+
+def test_samples_are_the_encoded_images_with_their_captions(config: Config, screen: Screen) -> None:
+    facts, images = look(config, screen)
+    samples = encoded(facts, images, screen)
+    assert len(samples) == 5
+    assert samples[1].mean.shape == (4, 16, 8)
+    assert samples[1].std.min() > 0
+    expected, _ = facts.load_text(CPU).encode(["a red disc 3"])
+    torch.testing.assert_close(samples[3].context, expected[0])
+    assert samples[3].file.endswith("3.png")
+    assert samples[3].pooled is None
+    assert samples[3].time_ids is None
+
+
+def test_samples_of_sdxl_have_pooled_text_and_the_sizes_of_their_own_cut(
+    config: Config, change: Callable[..., Config], sdxl: Path, screen: Screen
+) -> None:
+    turned = Image.new("RGB", (240, 100))
+    turned.getexif()[0x0112] = 6  # stored lying; upright it is 100 wide and 240 high
+    turned.save(config.data[0].path / "3.png", exif=turned.getexif())
+    facts, images = look(change(config, model={"path": str(sdxl)}), screen)
+    samples = encoded(facts, images, screen)
+    context, pooled = facts.load_text(CPU).encode(["a red disc 3", "a red disc 4"])
+    assert pooled is not None
+    for sample, states, one in zip((samples[3], samples[4]), context, pooled, strict=True):
+        assert sample.pooled is not None
+        torch.testing.assert_close(sample.context, states)
+        torch.testing.assert_close(sample.pooled, one)
+    sizes = [ids.tolist() for sample in samples if (ids := sample.time_ids) is not None]
+    assert sizes[3:] == [[240, 100, 13, 0, 128, 64], [96, 96, 0, 0, 96, 96]]
+
+
+def test_the_second_time_nothing_is_encoded_and_no_encoder_is_loaded(
+    config: Config, screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts, images = look(config, screen)
+    first = encoded(facts, images, screen)
+
+    def refuse(*anything: object, **more: object) -> None:
+        raise AssertionError("something was encoded again")
+
+    monkeypatch.setattr(VAE, "encode", refuse)
+    monkeypatch.setattr(TextEncoder, "encode", refuse)
+    again = encoded(facts, images, screen)
+    assert torch.equal(again[0].mean, first[0].mean)
+    assert torch.equal(again[0].context, first[0].context)
+    (config.data[0].path / "0.txt").write_text("a blue disc")
+    with pytest.raises(AssertionError, match="encoded again"):
+        encoded(*look(config, screen), screen)
+
+
+def test_states_are_kept_in_the_type_that_they_are_used_in(config: Config, screen: Screen) -> None:
+    facts, images = look(config, screen)
+    encoder = Encoder(
+        facts, dtype=torch.bfloat16, device=CPU, console=screen.console, check_stop=go_on
+    )
+    latents = encoder.latents(images, facts.load_vae())
+    with encoder.reader() as reader:
+        samples = encoder.samples(images, latents, reader, texts_of(images))
+        (given, without) = reader.guide("a disc", "")
+    assert samples[0].context.dtype == given.context.dtype == without.context.dtype
+    assert samples[0].context.dtype == torch.bfloat16
+    assert samples[0].mean.dtype == torch.float32
+
+
+def test_a_caption_is_read_as_text_or_with_its_weights(
+    config: Config, change: Callable[..., Config], screen: Screen
+) -> None:
+    (config.data[0].path / "0.txt").write_text("a (red:1.5) disc")
+    facts, images = look(config, screen)
+    literal = encoded(facts, images, screen)[0].context
+    rules = config.data[0].caption.model_copy(update={"weights": True})
+    weighing = config.data[0].model_copy(update={"caption": rules})
+    weighted = encoded(*look(change(config, data=(weighing,)), screen), screen)[0].context
+    text = facts.load_text(CPU)
+    torch.testing.assert_close(literal, text.encode(["a (red:1.5) disc"])[0][0])
+    torch.testing.assert_close(weighted, text.encode(["a (red:1.5) disc"], weighted=True)[0][0])
+    assert not torch.equal(literal, weighted)
+
+
+def test_a_guide_is_as_long_as_the_longer_of_its_texts(config: Config, screen: Screen) -> None:
+    facts, _ = look(config, screen)
+    with encoder_for(facts, screen).reader() as reader:
+        given, without = reader.guide("short", "a " * 80)
+        assert len(given.context) == len(without.context) == 154
+        given, without = reader.guide("a (red:1.5) disc", "", weighted=False)
+    expected, _ = facts.load_text(CPU).encode(["a (red:1.5) disc", ""])
+    torch.testing.assert_close(given.context, expected[0])
+    torch.testing.assert_close(without.context, expected[1])
+
+
+def test_a_caption_that_is_too_long_is_told(config: Config, screen: Screen) -> None:
+    (config.data[0].path / "0.txt").write_text("a " * 230)
+    samples = encoded(*look(config, screen), screen)
+    assert "cut off (1): " in screen.text
+    assert "0.png by 5" in screen.text
+    assert "more than the 225 tokens that the model reads" in screen.text
+    assert samples.windows == 3
+
+
+def test_one_long_caption_makes_all_of_them_long(config: Config, screen: Screen) -> None:
+    (config.data[0].path / "0.txt").write_text("a " * 80)
+    samples = encoded(*look(config, screen), screen)
+    assert {sample.context.shape for sample in samples} == {(154, 32)}
+    assert "note: the longest caption has 80 tokens (" in screen.text
+    assert "0.png); captions are encoded in 2 windows of 77" in screen.text
+    assert "cut off" not in screen.text
+
+
+def test_held_out_captions_are_read_as_those_of_training_or_longer(
+    config: Config, screen: Screen
+) -> None:
+    facts, images = look(config, screen)
+    assert encoded(facts, images, screen).windows == 1
+    assert encoded(facts, images, screen, windows=2)[0].context.shape == (154, 32)
+    assert "longest caption" not in screen.text
+    assert encoded(facts, ImageSet(), screen, windows=2).windows == 2
