@@ -84,7 +84,7 @@ def test_the_images_are_captioned_small_and_apart_from_the_held_out_ones() -> No
     assert 20 <= len(training) <= 40
     assert len(held_out) >= 4
     assert not {item.sha256 for item in training} & {item.sha256 for item in held_out}
-    assert not {item.captions[0] for item in training} & {item.caption for item in held_out}
+    assert not {item.captions[0] for item in training} & {item.captions[0] for item in held_out}
     assert all(item.path.stat().st_size <= 16_000 for item in (*training, *held_out))
 
 

@@ -2,6 +2,7 @@ import json
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -262,14 +263,15 @@ def test_the_limit_on_pixels_is_that_of_the_source(tmp_path: Path) -> None:
 def test_few_files_wait_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for n in range(200):
         image(tmp_path / f"{n:03}.png")
-    told: list[int] = []
-    begun: list[object] = []
-    check_one = folder.check
+    waiting: list[int] = []
+    submitted: list[object] = []
+    submit = ThreadPoolExecutor.submit
 
-    def counting(task: Any, checks: Any) -> Any:
-        begun.append(task)
-        return check_one(task, checks)
+    def counting(self: ThreadPoolExecutor, *call: Any) -> Any:
+        submitted.append(call)
+        return submit(self, *call)
 
-    monkeypatch.setattr(folder, "check", counting)
-    scan([DataSource(path=tmp_path)], progress=lambda done, total: told.append(len(begun) - done))
-    assert max(told) <= folder.MAX_WORKERS * folder.AHEAD + 1
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", counting)
+    source = DataSource(path=tmp_path)
+    scan([source], progress=lambda done, total: waiting.append(len(submitted) - done))
+    assert max(waiting) <= folder.MAX_WORKERS * folder.AHEAD
