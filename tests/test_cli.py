@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import eri
-from tests.run.conftest import write_config
+from eri.cli import app
+from tests.run.conftest import save_photos, write_config
 
 
 def run_eri(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -54,10 +56,10 @@ def test_the_surface_is_what_it_was_agreed_to_be(verb: str, options: set[str]) -
     "arguments",
     [
         *(["--help"], ["train", "--help"], ["init", "--help"], ["--version"]),
-        *(["train"], ["train", "--model", "demo"], ["init"], ["init", "eri"], ["nonsense"]),
+        *(["train"], ["train", "--model", "demo"], ["init"], ["init", "."], ["nonsense"]),
     ],
 )
-def test_help_and_refusals_do_without_torch(arguments: list[str]) -> None:
+def test_help_and_refusals_do_without_torch(arguments: list[str], tmp_path: Path) -> None:
     script = (
         "import sys\n"
         f"sys.argv = ['eri', *{arguments!r}]\n"
@@ -67,7 +69,8 @@ def test_help_and_refusals_do_without_torch(arguments: list[str]) -> None:
         "heavy = {'torch', 'numpy', 'diffusers', 'transformers'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -180,6 +183,30 @@ def test_train_inspect_export_and_sample_from_the_command_line(
     )
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "a.png").stat().st_size > 0
+
+
+def test_a_run_starts_without_a_file_and_goes_on_by_the_same_command(
+    tmp_path: Path, sd15: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*arguments: object) -> str:
+        result = CliRunner().invoke(app, ["train", *map(str, arguments)])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "more"):
+        save_photos(tmp_path / name, count=2)
+    command = ("--model", sd15, "--data", "photos", "--data", "more", "--set", "sample.every=0")
+    quick = ("--set", "train.epochs=1", "--set", "train.batch_size=2", "--set", "adapter.rank=2")
+    planned = train(*command, *quick, "--dry-run")
+    assert "1 epoch x 4 samples = 4 samples" in planned
+    assert not (tmp_path / "runs").exists()
+    train(*command, *quick)
+    run = tmp_path / "runs" / "photos"
+    assert (run / "photos.safetensors").is_file()
+    assert "# learning rate at its highest\n  lr: 0.0001\n" in (run / "config.yaml").read_text()
+    assert "this run is finished" in train(*command, *quick)
+    assert "this run is finished" in train(run / "config.yaml")
 
 
 def test_doctor_finds_this_machine_in_order() -> None:

@@ -1,6 +1,5 @@
 """What a run will do, worked out before anything slow happens, and told in a few lines."""
 
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -9,16 +8,28 @@ from eri.config import Config
 from eri.data import Batches
 from eri.errors import ConfigError
 from eri.run.base import BaseFacts
-from eri.run.dataset import Images
+from eri.run.cache_space import cache_space
+from eri.run.dataset import Images, ImageSet
 from eri.run.device import choose_device, choose_dtype
+from eri.run.footprint import card_memory, footprint
+from eri.run.plan_text import (
+    cache_line,
+    image_lines,
+    memory_lines,
+    model_lines,
+    time_line,
+    training_lines,
+)
 from eri.run.prediction import Choice
+from eri.run.rates import device_name, known_rate
+from eri.run.samples import Text, plain_text
+from eri.run.steps import run_samples, run_steps
 from eri.train import Plan
 
-__all__ = ["RunPlan", "auto_steps", "plan_run"]
+__all__ = ["RunPlan", "plan_run"]
 
-VIEWS_OF_AN_IMAGE = 100
-FEWEST_STEPS, MOST_STEPS = 500, 3000
 DEFAULT_PROMPTS = 4
+STATES = 77  # of a caption in one window of CLIP
 
 
 @dataclass(frozen=True)
@@ -29,28 +40,66 @@ class RunPlan:
     choice: Choice  # what the base model is taken for, as far as settings and files say
     device: torch.device
     dtype: torch.dtype
-    prompts: tuple[str, ...]  # of the previews
+    prompts: tuple[Text, ...]  # of the previews
     size: int  # of the previews, side in pixels
     batches: Batches
+    pace: str  # all that the speed depends on, in words; see `eri.run.rates`
     lines: tuple[str, ...]  # the same for people
 
 
-def auto_steps(batches_per_epoch: int, accumulate: int) -> int:
-    """Steps in which every image is seen 100 times, but at least 500 and at most 3000.
-
-    The range in which the peers' presets lie for a rank-16 LoRA at their usual learning rates.
-    """
-    steps = -(-VIEWS_OF_AN_IMAGE * batches_per_epoch // accumulate)
-    return min(max(steps, FEWEST_STEPS), MOST_STEPS)
-
-
 def plan_run(config: Config, facts: BaseFacts, choice: Choice, images: Images) -> RunPlan:
-    """Work out the steps, the device, the types and the previews of a run.
+    """Work out the steps, the device, the types and the previews of a run, and what it takes.
 
     Raises:
         ConfigError: settings that this machine or this model cannot follow.
+        DiskError: the disk has no room for what the run keeps in the cache.
     """
     device = choose_device()
+    dtype = choose_dtype(config.train.precision, device)
+    size = _preview_size(config, facts)
+    train = config.train
+    batches = Batches(
+        images.train.shapes,
+        images.train.repeats,
+        batch_size=train.batch_size,
+        seed=train.seed,
+        epochs=train.epochs,
+    )
+    counted = _own(images.train) or range(len(images.train))
+    steps = run_steps(train, batches, len(counted))
+    pace = _pace(config, facts, images.train.resolution, dtype, device)
+    return RunPlan(
+        loop=Plan(
+            steps=steps,
+            lr=train.lr,
+            schedule=train.schedule,
+            warmup=train.warmup,
+            max_grad_norm=train.max_grad_norm,
+            sample_every=config.sample.every,
+            save_every=config.save.every,
+        ),
+        choice=choice,
+        device=device,
+        dtype=dtype,
+        prompts=_prompts(config, images),
+        size=size,
+        batches=batches,
+        pace=pace,
+        lines=(
+            *model_lines(config, facts),
+            *image_lines(images, batches),
+            *training_lines(train, batches, steps, len(counted)),
+            choice.line if choice.settled else f"{choice.line}; measured before step 1",
+            f"device   {device.type}, {str(dtype).removeprefix('torch.')}",
+            *_memory(config, facts, batches, dtype, device),
+            cache_line(cache_space(facts, images, dtype=dtype, device=device)),
+            time_line(run_samples(train, batches, steps), known_rate(pace)),
+            f"output   {config.output}",
+        ),
+    )
+
+
+def _preview_size(config: Config, facts: BaseFacts) -> int:
     if config.train.backend == "cuda":
         raise ConfigError(
             "this version has no CUDA kernels of its own yet",
@@ -58,64 +107,60 @@ def plan_run(config: Config, facts: BaseFacts, choice: Choice, images: Images) -
             hint="auto and reference use PyTorch's",
         )
     size = facts.resolution if config.sample.size == "auto" else config.sample.size
-    dtype = choose_dtype(config.train.precision, device)
     if size % facts.step:
         raise ConfigError(
             f"{size} is not a multiple of {facts.step}, as this model needs", where="sample.size"
         )
-    batches = Batches(
-        images.train.shapes, batch_size=config.train.batch_size, seed=config.train.seed
-    )
-    steps = config.train.steps
-    if steps == "auto":
-        steps = auto_steps(batches.steps_per_epoch, config.train.accumulate)
-    return RunPlan(
-        loop=Plan(
-            steps=steps,
-            accumulate=config.train.accumulate,
-            lr=config.train.lr,
-            schedule=config.train.schedule,
-            warmup=config.train.warmup,
-            max_grad_norm=config.train.max_grad_norm,
-            sample_every=config.sample.every,
-            save_every=config.save.every,
-        ),
-        choice=choice,
-        device=device,
-        dtype=dtype,
-        prompts=config.sample.prompts or _captions(images),
-        size=size,
-        batches=batches,
-        lines=(
-            *_describe(config, facts, images, batches, steps),
-            choice.line if choice.settled else f"{choice.line}; measured before step 1",
-            f"device   {device.type}, {str(dtype).removeprefix('torch.')}",
-        ),
-    )
+    return size
 
 
-def _captions(images: Images) -> tuple[str, ...]:
-    """Captions to draw when no prompt is given: of held-out images if there are some."""
-    shown = images.validation.items or images.train.items
-    return tuple(dict.fromkeys(item.captions[0] for item in shown))[:DEFAULT_PROMPTS]
+def _own(images: ImageSet) -> list[int]:
+    """The images that something is learned from, rather than kept."""
+    return [index for index in range(len(images)) if not images.source(index).regularization]
 
 
-def _describe(
-    config: Config, facts: BaseFacts, images: Images, batches: Batches, steps: int
+def _prompts(config: Config, images: Images) -> tuple[Text, ...]:
+    """What is drawn: the given prompts, as the UIs read them, or captions, of held-out images if
+    there are some.
+    """
+    if config.sample.prompts:
+        return tuple((prompt, True) for prompt in config.sample.prompts)
+    shown = images.validation if len(images.validation) else images.train
+    texts = [plain_text(shown, index) for index in _own(shown) or range(len(shown))]
+    return tuple(dict.fromkeys(texts))[:DEFAULT_PROMPTS]
+
+
+def _memory(
+    config: Config, facts: BaseFacts, batches: Batches, dtype: torch.dtype, device: torch.device
 ) -> list[str]:
-    millions = sum(facts.parts.parameters.values()) / 1e6
-    seen = config.train.batch_size * config.train.accumulate
-    epochs = steps * config.train.accumulate / batches.steps_per_epoch
-    why = f" (auto: {VIEWS_OF_AN_IMAGE} views of each image, {FEWEST_STEPS} to {MOST_STEPS})"
-    auto = why if config.train.steps == "auto" else ""
-    counts = sorted(Counter(images.train.shapes).items())
-    shapes = ", ".join(f"{count} at {shape.width}x{shape.height}" for shape, count in counts)
-    return [
-        f"model    {facts.name}: {facts.spec.family}, {millions:.1f} M parameters, "
-        f"{config.adapter.targets} at rank {config.adapter.rank}, alpha {config.adapter.alpha:g}",
-        *(f"         {note}" for note in facts.notes),
-        f"images   {len(images.train)}: {shapes}; {len(images.validation)} held out",
-        f"training {steps} steps{auto} of up to {seen} images, {epochs:.1f} epochs, "
-        f"lr {config.train.lr:g} {config.train.schedule}",
-        f"output   {config.output}",
+    """What the largest batch takes."""
+    sizes = [
+        (min(len(bucket.repeats), batches.batch_size), shape)
+        for shape, bucket in batches.buckets.items()
     ]
+    count, shape = max(sizes, key=lambda size: size[0] * size[1].area)
+    needed = footprint(
+        facts.spec,
+        rank=config.adapter.rank,
+        targets=config.adapter.targets,
+        dropout=config.adapter.dropout,
+        dtype=dtype,
+        latents=(count, *(side // facts.latent_factor for side in shape)),
+        states=STATES,
+    )
+    return memory_lines(
+        needed, count, shape, card=card_memory(device), accumulate=config.train.accumulate
+    )
+
+
+def _pace(
+    config: Config, facts: BaseFacts, resolution: int, dtype: torch.dtype, device: torch.device
+) -> str:
+    """All that the speed of a run depends on, in words; what its weights are does not matter."""
+    parameters = sum(facts.parts.parameters.values())
+    adapter, train = config.adapter, config.train
+    return (
+        f"{facts.spec.family} of {parameters} parameters, {adapter.targets} at rank "
+        f"{adapter.rank}, {dtype}, batches of {train.batch_size} x {train.accumulate} at "
+        f"{resolution}, {device_name(device)}"
+    )

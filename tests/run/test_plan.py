@@ -1,24 +1,18 @@
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from eri.config import Config
+from eri.config import CaptionRules, Config, DataSource
 from eri.errors import ConfigError
 from eri.run.base import look_at
 from eri.run.dataset import look_at_images
-from eri.run.plan import RunPlan, auto_steps, plan_run
+from eri.run.plan import RunPlan, plan_run
 from eri.run.prediction import choose
-from tests.run.conftest import Screen
-
-
-@pytest.mark.parametrize(
-    ("batches", "accumulate", "steps"), [(1, 1, 500), (8, 1, 800), (15, 2, 750), (500, 1, 3000)]
-)
-def test_auto_steps_show_each_image_a_hundred_times_within_limits(
-    batches: int, accumulate: int, steps: int
-) -> None:
-    assert auto_steps(batches, accumulate) == steps
+from eri.run.rates import remember_rate
+from eri.run.train import train
+from tests.run.conftest import Screen, save_photos
 
 
 @pytest.fixture
@@ -31,14 +25,79 @@ def plan(screen: Screen) -> Callable[[Config], RunPlan]:
     return planned
 
 
-def test_the_plan_says_where_auto_comes_from(
+def test_the_plan_is_short_and_says_what_a_run_will_take(
     config: Config, change: Callable[..., Config], plan: Callable[[Config], RunPlan]
 ) -> None:
     planned = plan(change(config, train={"steps": "auto", "accumulate": 2}))
     assert planned.loop.steps == 500
-    assert any("500 steps (auto: 100 views" in line for line in planned.lines)
+    lines = planned.lines
+    assert len(lines) <= 25
+    heads = ["model", "images", "training", "prediction", "device", "memory", "cache", "time"]
+    heads += ["output"]
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == heads
+    assert "         64x64            4         4        2   0.0%, 0.0%" in lines
     # 4 images of one shape and 1 of another are 3 batches of at most 2
-    assert any("of up to 4 images, 333.3 epochs" in line for line in planned.lines)
+    assert any("of up to 4 images, 333.3 epochs of 5 samples" in line for line in lines)
+    assert any("auto: 5 images x 100 views / 4 a step = 125, at least 500" in x for x in lines)
+    assert any("for 2 images of 64x64" in line for line in lines)
+
+
+def test_epochs_and_repeats_reach_the_order_of_the_batches(
+    config: Config, change: Callable[..., Config], plan: Callable[[Config], RunPlan]
+) -> None:
+    source = config.data[0].model_copy(update={"repeats": 3})
+    planned = plan(change(config, data=(source,), train={"steps": "auto", "epochs": 2}))
+    assert planned.batches.total == 2 * (4 * 3 // 2 + 3)
+    assert planned.loop.steps == planned.batches.total
+    assert any("2 epochs x 15 samples = 30 samples: 18 batches" in x for x in planned.lines)
+
+
+def test_images_that_regularize_do_not_lengthen_a_run_and_are_not_drawn(
+    config: Config, change: Callable[..., Config], plan: Callable[[Config], RunPlan], tmp_path: Path
+) -> None:
+    others = save_photos(tmp_path / "others", count=4)
+    own = config.data[0].model_copy(
+        update={"validation": None, "caption": CaptionRules(trigger="ohwx", weights=True)}
+    )
+    kept = DataSource(path=others, regularization=True, resolution=128)
+    changed = {"train": {"steps": "auto", "batch_size": 1}, "sample": {"prompts": ()}}
+    planned = plan(change(config, data=(kept, own), **changed))
+    assert planned.loop.steps == 500  # 5 images, not 9
+    assert planned.prompts == tuple((f"ohwx, a red disc {number}", True) for number in range(4))
+    only = plan(change(config, data=(kept,), **changed))
+    assert only.loop.steps == 500  # 4 images: there are no others
+    assert only.prompts[0] == ("a red disc 0", False)
+
+
+def test_time_is_told_once_a_run_like_this_one_was_timed(
+    config: Config, change: Callable[..., Config], plan: Callable[[Config], RunPlan]
+) -> None:
+    first = plan(config)
+    assert "time     is known after the first steps" in first.lines
+    remember_rate(first.pace, 2.0)
+    assert any("about 4 s at 2 images/s" in line for line in plan(config).lines)
+    other = plan(change(config, adapter={"rank": 3}))
+    assert "time     is known after the first steps" in other.lines
+
+
+def test_a_run_leaves_its_pace_for_the_next_plan(
+    config: Config,
+    change: Callable[..., Config],
+    plan: Callable[[Config], RunPlan],
+    screen: Screen,
+) -> None:
+    longer = change(config, train={"steps": 5}, sample={"every": 0})
+    train(longer, screen.console)
+    assert any("measured here on" in line for line in plan(longer).lines)
+    assert f"cache    all {5} latents are there" in plan(longer).lines
+
+
+def test_a_card_that_is_too_small_is_warned_of(
+    config: Config, plan: Callable[[Config], RunPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eri.run.plan.card_memory", lambda device: 10_000_000)
+    lines = plan(config).lines
+    assert any(line.startswith("warning: this GPU has 10 MiB; ") for line in lines)
 
 
 def test_what_is_odd_about_the_model_is_told(config: Config, screen: Screen) -> None:
@@ -52,7 +111,7 @@ def test_without_prompts_the_held_out_captions_are_drawn(
     config: Config, change: Callable[..., Config], plan: Callable[[Config], RunPlan]
 ) -> None:
     planned = plan(change(config, sample={"prompts": (), "size": "auto"}))
-    assert planned.prompts == ("a red disc 0", "a red disc 1")
+    assert planned.prompts == (("a red disc 0", False), ("a red disc 1", False))
     assert planned.size == 64
 
 

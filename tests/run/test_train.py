@@ -251,7 +251,7 @@ def test_a_dry_run_writes_nothing(config: Config, screen: Screen) -> None:
     train(config, screen.console, dry_run=True)
     assert not config.output.exists()
     assert "training 4 steps of up to 2 images" in screen.text
-    assert "4 at 64x64, 1 at 64x128" in screen.text
+    assert "64x64            4" in screen.text and "64x128           1" in screen.text
 
 
 def test_a_locked_run_is_left_alone(config: Config, screen: Screen) -> None:

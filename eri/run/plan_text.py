@@ -1,0 +1,178 @@
+"""The lines of the plan: what a run will do and take, with the arithmetic behind each number."""
+
+from fractions import Fraction
+
+from eri.config import Config, Train
+from eri.data import Batches, Shape
+from eri.data.batches import Bucket
+from eri.data.shapes import crop_loss
+from eri.run.base import BaseFacts
+from eri.run.cache_space import CacheSpace
+from eri.run.dataset import Images, ImageSet
+from eri.run.footprint import Footprint
+from eri.run.rates import Rate
+from eri.run.steps import FEWEST_STEPS, MOST_STEPS, VIEWS_OF_AN_IMAGE
+
+__all__ = [
+    "cache_line",
+    "image_lines",
+    "memory_lines",
+    "model_lines",
+    "time_line",
+    "training_lines",
+]
+
+MOST_ROWS = 9  # of the table of shapes; the whole plan shall be read at a glance
+INDENT = " " * 9
+TABLE = "{:<10} {:>7} {:>9} {:>8}   {}"
+RESERVED = 1.07  # what PyTorch reserves, over what is worked out; see `eri.run.footprint`
+
+
+def model_lines(config: Config, facts: BaseFacts) -> list[str]:
+    """The base model and the adapter."""
+    adapter = config.adapter
+    millions = sum(facts.parts.parameters.values()) / 1e6
+    return [
+        f"model    {facts.name}: {facts.spec.family}, {millions:.1f} M parameters, "
+        f"{adapter.targets} at rank {adapter.rank}, alpha {adapter.alpha:g}",
+        *(f"{INDENT}{note}" for note in facts.notes),
+    ]
+
+
+def image_lines(images: Images, batches: Batches) -> list[str]:
+    """The images, and a table of their shapes: those of most samples first."""
+    train = images.train
+    regularizing = sum(train.source(index).regularization for index in range(len(train)))
+    parts = [
+        f"{len(train)}",
+        *([f"{regularizing} of them for regularization"] if regularizing else []),
+        *([f"{train.joined} joined the shape of their neighbours"] if train.joined else []),
+        f"{len(images.validation)} held out",
+    ]
+    buckets = sorted(batches.buckets.items(), key=lambda pair: (-pair[1].samples, pair[0]))
+    rows = [_row(train, shape, bucket) for shape, bucket in buckets[:MOST_ROWS]]
+    others = [bucket for _, bucket in buckets[MOST_ROWS:]]
+    if others:
+        count = sum(len(bucket.repeats) for bucket in others)
+        rows.append(f"and {len(others)} more shapes, of {count} images")
+    header = TABLE.format("shape", "images", "an epoch", "batches", "cut off: mean, worst")
+    return [f"images   {', '.join(parts)}", *(f"{INDENT}{line}" for line in (header, *rows))]
+
+
+def _row(images: ImageSet, shape: Shape, bucket: Bucket) -> str:
+    """One shape: images, samples and batches an epoch, share of the images that is cut off."""
+    items = [images.items[index] for index in bucket.repeats]
+    losses = [float(crop_loss(item.width, item.height, shape)) for item in items]
+    return TABLE.format(
+        f"{shape.width}x{shape.height}",
+        len(items),
+        bucket.samples,
+        _number(bucket.batches_per_epoch),
+        f"{sum(losses) / len(losses):.1%}, {max(losses):.1%}",
+    )
+
+
+def training_lines(train: Train, batches: Batches, steps: int, images: int) -> list[str]:
+    """How long a run trains, and why so long.
+
+    Args:
+        train: the settings.
+        batches: of the run.
+        steps: of the run.
+        images: that count in `steps: auto`.
+    """
+    seen = train.batch_size * train.accumulate
+    rate = f"lr {train.lr:g} {train.schedule}"
+    if train.epochs is not None:
+        plural = "" if train.epochs == 1 else "s"
+        samples = train.epochs * batches.samples_per_epoch
+        packed = f" of up to {train.accumulate} batches" if train.accumulate > 1 else ""
+        return [
+            f"training {steps} steps of up to {seen} images, {rate}",
+            f"{INDENT}{train.epochs} epoch{plural} x {batches.samples_per_epoch} samples = "
+            f"{samples} samples: {batches.total} batches of up to {train.batch_size} "
+            f"-> {steps} steps{packed}",
+        ]
+    epochs = float(steps * train.accumulate / batches.batches_per_epoch)
+    lines = [
+        f"training {steps} steps of up to {seen} images, {epochs:.1f} epochs of "
+        f"{batches.samples_per_epoch} samples, {rate}"
+    ]
+    if train.steps == "auto":
+        wanted = -(-VIEWS_OF_AN_IMAGE * images // seen)
+        lines += [
+            f"{INDENT}auto: {images} images x {VIEWS_OF_AN_IMAGE} views / {seen} a step = "
+            f"{wanted}, at least {FEWEST_STEPS} and at most {MOST_STEPS};",
+            f"{INDENT}guides and presets of other trainers take 1000 to 3000",
+        ]
+    return lines
+
+
+def memory_lines(
+    needed: Footprint, images: int, shape: Shape, *, card: int | None, accumulate: int
+) -> list[str]:
+    """What a step holds, and a warning where the card has less.
+
+    Args:
+        needed: for the largest batch.
+        images: in that batch.
+        shape: of them.
+        card: bytes that the GPU has; None without one.
+        accumulate: batches in a step.
+    """
+    what = f"{images} image{'' if images == 1 else 's'} of {shape.width}x{shape.height}"
+    lines = [
+        f"memory   about {_size(needed.total)}: {_size(needed.weights)} for the U-Net, "
+        f"{_size(needed.adapter)} for the adapter, {_size(needed.activations)} for {what}"
+    ]
+    if card is None:
+        return [f"{lines[0]}; beside the program itself"]
+    if RESERVED * needed.total <= card:
+        return lines
+    each = needed.activations / images
+    fitting = int((card / RESERVED - needed.weights - needed.adapter) / each)
+    if fitting < 1:
+        advice = "one image is too much at this resolution; set a smaller data.resolution"
+    else:
+        total = -(-images * accumulate // fitting)
+        advice = f"train.batch_size={fitting} with train.accumulate={total} would fit"
+    return [*lines, f"warning: this GPU has {_size(card)}; {advice}"]
+
+
+def time_line(samples: int, rate: Rate | None) -> str:
+    """How long the steps take, if runs like this one were timed here."""
+    if rate is None:
+        return "time     is known after the first steps"
+    return (
+        f"time     about {_duration(samples / rate.images_per_second)} at "
+        f"{rate.images_per_second:.3g} images/s (measured here on {rate.measured}), "
+        "previews left out"
+    )
+
+
+def cache_line(space: CacheSpace) -> str:
+    """What the cache will hold of the run."""
+    if not space.missing:
+        return f"cache    all {space.latents} latents are there"
+    there = space.latents - space.missing
+    have = f", of which {there} are there" if there else ""
+    return (
+        f"cache    {space.latents} latents{have}, and at most {space.texts} texts: "
+        f"{_size(space.needed)} more of {_size(space.free)} free"
+    )
+
+
+def _number(value: Fraction) -> str:
+    return f"{float(value):.4g}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{max(round(seconds), 1)} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

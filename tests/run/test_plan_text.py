@@ -1,0 +1,167 @@
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from eri.config import DataSource, Train
+from eri.data import Batches, Item, Shape
+from eri.run.cache_space import CacheSpace
+from eri.run.dataset import Images, ImageSet
+from eri.run.footprint import Footprint
+from eri.run.plan_text import (
+    cache_line,
+    image_lines,
+    memory_lines,
+    time_line,
+    training_lines,
+)
+from eri.run.rates import Rate
+
+GIB = 2**30
+SQUARE = Shape(64, 64)
+
+
+def item(width: int, height: int, source: int = 0) -> Item:
+    return Item(
+        path=Path("x.png"),
+        captions=("x",),
+        width=width,
+        height=height,
+        sha256="0" * 64,
+        source=source,
+    )
+
+
+def planned(
+    sizes: list[tuple[int, int]], shapes: list[Shape], *, batch_size: int = 4, **more: object
+) -> list[str]:
+    sources = (DataSource(path=Path("a")), DataSource(path=Path("b"), regularization=True))
+    items = tuple(item(*size) for size in sizes)
+    train = ImageSet(items, tuple(shapes), sources, **more)  # type: ignore[arg-type]
+    batches = Batches(shapes, [2] * len(shapes), batch_size=batch_size, seed=0)
+    return image_lines(Images(train, ImageSet()), batches)
+
+
+def test_the_table_says_what_each_shape_has_and_loses() -> None:
+    wide = Shape(64, 128)
+    lines = planned([(64, 64), (80, 64), (64, 64), (256, 128)], [SQUARE] * 3 + [wide])
+    assert lines == [
+        "images   4, 0 held out",
+        "         shape       images  an epoch  batches   cut off: mean, worst",
+        "         64x64            3         6        2   6.7%, 20.0%",
+        "         128x64           1         2        2   0.0%, 0.0%",
+    ]
+
+
+def test_batches_that_carry_over_are_told_as_the_mean() -> None:
+    lines = planned([(64, 64)] * 5, [SQUARE] * 5)
+    assert lines[2].split()[1:4] == ["5", "10", "2.5"]
+
+
+def test_a_long_table_is_cut_at_its_small_end() -> None:
+    shapes = [Shape(64, 64 * number) for number in range(1, 16)]
+    shapes += [shapes[-1]]
+    lines = planned([(shape.width, shape.height) for shape in shapes], shapes)
+    assert len(lines) == 12
+    assert lines[2].split()[:2] == ["960x64", "2"]
+    assert lines[-1].strip() == "and 6 more shapes, of 6 images"
+
+
+def test_what_is_special_about_the_images_is_told() -> None:
+    assert planned([(64, 64)] * 2, [SQUARE] * 2, joined=1)[0] == (
+        "images   2, 1 joined the shape of their neighbours, 0 held out"
+    )
+    sources = (DataSource(path=Path("a"), regularization=True),)
+    train = ImageSet((item(64, 64),), (SQUARE,), sources)
+    batches = Batches([SQUARE], batch_size=1, seed=0)
+    line = image_lines(Images(train, train), batches)[0]
+    assert line == "images   1, 1 of them for regularization, 1 held out"
+
+
+def lines_of(count: int, images: int | None = None, **settings: object) -> list[str]:
+    train = Train.model_validate(settings)
+    batches = Batches([SQUARE] * count, batch_size=4, seed=0, epochs=train.epochs)
+    steps = {"auto": 1525}.get(str(train.steps), train.steps)
+    if batches.total is not None:
+        steps = -(-batches.total // train.accumulate)
+    assert isinstance(steps, int)
+    return [line.strip() for line in training_lines(train, batches, steps, images or count)]
+
+
+def test_epochs_are_told_with_their_arithmetic() -> None:
+    assert lines_of(61, epochs=5) == [
+        "training 77 steps of up to 4 images, lr 0.0001 constant",
+        "5 epochs x 61 samples = 305 samples: 77 batches of up to 4 -> 77 steps",
+    ]
+    assert lines_of(61, epochs=5, accumulate=2)[1].endswith("-> 39 steps of up to 2 batches")
+    assert lines_of(4, epochs=1)[1].startswith("1 epoch x 4 samples")
+
+
+def test_auto_is_told_with_its_arithmetic_and_its_origin() -> None:
+    first, why, origin = lines_of(61)
+    assert first == "training 1525 steps of up to 4 images, 100.0 epochs of 61 samples, " + (
+        "lr 0.0001 constant"
+    )
+    assert why == "auto: 61 images x 100 views / 4 a step = 1525, at least 500 and at most 3000;"
+    assert origin == "guides and presets of other trainers take 1000 to 3000"
+    assert "auto: 3 images" in lines_of(61, images=3)[1]
+
+
+def test_a_number_of_steps_needs_no_explanation() -> None:
+    assert lines_of(8, steps=10) == [
+        "training 10 steps of up to 4 images, 5.0 epochs of 8 samples, lr 0.0001 constant"
+    ]
+
+
+NEEDED = Footprint(weights=5 * GIB, adapter=GIB // 2, activations=24 * GIB)
+
+
+def test_memory_is_told_by_what_takes_it() -> None:
+    large = Shape(1024, 1024)
+    assert memory_lines(NEEDED, 4, large, card=80 * GIB, accumulate=1) == [
+        "memory   about 29.5 GiB: 5.0 GiB for the U-Net, 512 MiB for the adapter, "
+        "24.0 GiB for 4 images of 1024x1024"
+    ]
+    (line,) = memory_lines(NEEDED, 1, large, card=None, accumulate=1)
+    assert line.endswith("24.0 GiB for 1 image of 1024x1024; beside the program itself")
+
+
+@pytest.mark.parametrize(
+    ("card", "accumulate", "advice"),
+    [
+        (30, 1, "train.batch_size=3 with train.accumulate=2 would fit"),  # 7 % are reserved more
+        (24, 1, "train.batch_size=2 with train.accumulate=2 would fit"),
+        (24, 3, "train.batch_size=2 with train.accumulate=6 would fit"),
+        (13, 1, "train.batch_size=1 with train.accumulate=4 would fit"),
+        (12, 1, "one image is too much at this resolution; set a smaller data.resolution"),
+    ],
+)
+def test_a_card_that_is_too_small_gets_advice(card: int, accumulate: int, advice: str) -> None:
+    lines = memory_lines(NEEDED, 4, SQUARE, card=card * GIB, accumulate=accumulate)
+    assert lines[1] == f"warning: this GPU has {card}.0 GiB; {advice}"
+
+
+@pytest.mark.parametrize(
+    ("samples", "told"),
+    [(3768, "4 min"), (15, "1 s"), (400, "25 s"), (120_000, "2 h 7 min")],
+)
+def test_time_is_told_from_what_was_measured(samples: int, told: str) -> None:
+    line = time_line(samples, Rate(15.7, date(2026, 1, 2)))
+    assert line == (
+        f"time     about {told} at 15.7 images/s (measured here on 2026-01-02), previews left out"
+    )
+
+
+def test_time_is_unknown_before_anything_was_measured() -> None:
+    assert time_line(100, None) == "time     is known after the first steps"
+
+
+def test_the_cache_is_told_by_what_is_missing() -> None:
+    space = CacheSpace(latents=61, missing=61, texts=60, needed=20 * 2**20, free=3 * GIB)
+    assert cache_line(space) == (
+        "cache    61 latents, and at most 60 texts: 20 MiB more of 3.0 GiB free"
+    )
+    some = CacheSpace(latents=61, missing=1, texts=60, needed=20 * 2**20, free=3 * GIB)
+    assert ", of which 60 are there, " in cache_line(some)
+    none = CacheSpace(latents=61, missing=0, texts=60, needed=0, free=3 * GIB)
+    assert cache_line(none) == "cache    all 61 latents are there"
