@@ -158,7 +158,10 @@ def sample(
         str, typer.Argument(help="A run, or a base model: demo, a file, a folder or a hub id.")
     ],
     *,
-    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; repeatable.")],
+    prompt: Annotated[
+        list[str],
+        typer.Option("--prompt", "-p", help="What to draw; (a cat:1.2) is a weight; repeatable."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")],
     adapter: Annotated[Path | None, typer.Option(help="An adapter for the base model.")] = None,
     strength: Annotated[float, typer.Option(help="Of the adapter; 1 is as trained.")] = 1.0,

@@ -5,7 +5,8 @@ from eri.data.cache import Encode, Encoded, Latent, Latents, cache_latents
 from eri.data.cuts import PLAIN, Cut, Geometry, View, fit, geometry, size_ids, views
 from eri.data.folder import Dataset, Item, Mask, Progress, scan
 from eri.data.images import Decoded, decode
-from eri.data.rendering import caption_of, plain_caption
+from eri.data.listing import note
+from eri.data.rendering import caption_of, has_unset_trigger, plain_caption
 from eri.data.shapes import Assignment, Shape, assign, shapes
 from eri.data.texts import Texts, TextStates, cache_texts
 
@@ -36,6 +37,8 @@ __all__ = [
     "decode",
     "fit",
     "geometry",
+    "has_unset_trigger",
+    "note",
     "plain_caption",
     "scan",
     "shapes",

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from eri.data import PLAIN, Shape, View, size_ids
-from eri.models.text import TextEncoder
 from eri.models.unet import UNet
 
-__all__ = ["Condition", "Conditions", "encode", "guide", "size_tensor", "stack"]
+__all__ = ["Condition", "Conditions", "size_tensor", "stack"]
 
 
 @dataclass(frozen=True)
@@ -32,39 +31,6 @@ class Conditions(NamedTuple):
     context: Tensor  # [B, S, K], in the U-Net's type
     pooled: Tensor | None = None  # [B, P], in the U-Net's type
     time_ids: Tensor | None = None  # [B, 6], float32
-
-
-def encode(
-    text: TextEncoder,
-    prompts: Sequence[str],
-    windows: int,
-    *,
-    weighted: bool | Sequence[bool] = False,
-) -> list[Condition]:
-    """The condition of each prompt, read in so many windows, on the CPU.
-
-    `weighted` says whether `(a cat:1.2)` is a weight or just text, of all prompts or of each.
-    """
-    context, pooled = text.encode(prompts, windows=windows, weighted=weighted)
-    contexts = context.cpu().unbind()
-    if pooled is None:
-        return [Condition(states) for states in contexts]
-    return [Condition(*both) for both in zip(contexts, pooled.cpu().unbind(), strict=True)]
-
-
-def guide(
-    text: TextEncoder, prompt: str, negative: str, *, weighted: bool = True
-) -> tuple[Condition, Condition]:
-    """The conditions of a prompt and of what it is guided away from, equally long.
-
-    They hang on these two texts alone, so that a picture does not change with its neighbours.
-    Both are in the UIs' syntax, where `(a cat:1.2)` is a weight; a prompt that is a caption is so
-    only where its source's captions are (`weighted`).
-    """
-    both, flags = [prompt, negative], [weighted, True]
-    windows = text.windows_needed(both, weighted=flags)
-    given, without = encode(text, both, windows, weighted=flags)
-    return given, without
 
 
 def size_tensor(width: int, height: int, shape: Shape, view: View = PLAIN) -> Tensor:

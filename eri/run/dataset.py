@@ -13,7 +13,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from eri.config import Config, DataSource
-from eri.data import Cut, Item, Progress, Shape, View, assign, decode, scan, views
+from eri.data import (
+    Cut,
+    Item,
+    Progress,
+    Shape,
+    View,
+    assign,
+    decode,
+    has_unset_trigger,
+    note,
+    scan,
+    views,
+)
 from eri.run.base import BaseFacts
 from eri.train import say
 
@@ -125,7 +137,13 @@ def _look(
         facts.resolution if source.resolution == "auto" else source.resolution for source in sources
     ]
     assignment = assign(dataset.items, sources, resolutions, step=facts.step, batch_size=batch_size)
-    for line in (*dataset.skipped, *dataset.notes, *assignment.notes):
+    unset = [
+        item.path
+        for item in dataset.items
+        if has_unset_trigger(item.captions, sources[item.source].caption)
+    ]
+    triggers = note("captions with [trigger], which stays text without caption.trigger", unset)
+    for line in (*dataset.skipped, *dataset.notes, *triggers, *assignment.notes):
         say(console, f"note: {line}")
     return ImageSet(
         dataset.items, assignment.shapes, tuple(sources), max(resolutions), assignment.joined

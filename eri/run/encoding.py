@@ -71,7 +71,8 @@ class Reader:
         source, hashes = self.facts.source, self.facts.hashes
         weights = " ".join(hashes[part] for part in sorted(hashes) if part.startswith("text"))
         made_by = (
-            f"{weights} {self.dtype} on {self.device.type}, {windows} windows joined as {source.windows}, clip skip {source.clip_skip}, "
+            f"{weights} {self.dtype} on {self.device.type}, {windows} windows joined as "
+            f"{source.windows}, clip skip {source.clip_skip}, "
             f"{'weighted' if weighted else 'literal'}"
         )
 
@@ -99,10 +100,7 @@ class Reader:
             negative: what not to; in the syntax of the UIs.
             weighted: whether the prompt is in that syntax, too, or just text.
         """
-        windows = max(
-            self.words.windows_needed([prompt], weighted=weighted),
-            self.words.windows_needed([negative], weighted=True),
-        )
+        windows = self.words.windows_needed([prompt, negative], weighted=[weighted, True])
         given = self.texts([prompt], windows=windows, weighted=weighted)[prompt]
         without = self.texts([negative], windows=windows, weighted=True)[negative]
         return Condition(given.context, given.pooled), Condition(without.context, without.pooled)

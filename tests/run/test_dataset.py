@@ -66,6 +66,12 @@ def test_what_a_folder_asks_for_is_done_in_training_and_not_where_is_measured(
     assert images.validation.repeats == (1, 1)
 
 
+def test_a_trigger_that_nobody_set_is_pointed_out(config: Config, screen: Screen) -> None:
+    (config.data[0].path / "3.txt").write_text("[trigger] on blue")
+    look_at_images(config, look_at(config.model.path), screen.console, go_on)
+    assert "[trigger], which stays text without caption.trigger (1): " in screen.text
+
+
 def test_regularization_images_are_not_shown_as_what_is_learned(
     config: Config, change: Callable[..., Config], screen: Screen
 ) -> None:

@@ -122,10 +122,18 @@ def test_a_guide_is_as_long_as_the_longer_of_its_texts(config: Config, screen: S
     with encoder_for(facts, screen).reader() as reader:
         given, without = reader.guide("short", "a " * 80)
         assert len(given.context) == len(without.context) == 154
-        given, without = reader.guide("a (red:1.5) disc", "", weighted=False)
-    expected, _ = facts.load_text(CPU).encode(["a (red:1.5) disc", ""])
-    torch.testing.assert_close(given.context, expected[0])
-    torch.testing.assert_close(without.context, expected[1])
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_caption_as_prompt_may_be_literal_and_a_negative_prompt_never_is(
+    weighted: bool, config: Config, screen: Screen
+) -> None:
+    facts, _ = look(config, screen)
+    with encoder_for(facts, screen).reader() as reader:
+        found = reader.guide("a (red:1.5) disc", "(blue:2)", weighted=weighted)
+    texts = ["a (red:1.5) disc", "(blue:2)"]
+    expected, _ = facts.load_text(CPU).encode(texts, weighted=[weighted, True])
+    torch.testing.assert_close(torch.stack([one.context for one in found]), expected)
 
 
 def test_a_caption_that_is_too_long_is_told(config: Config, screen: Screen) -> None:
