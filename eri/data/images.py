@@ -9,6 +9,7 @@ number of threads.
 
 import errno
 import hashlib
+import logging
 import os
 import stat
 import threading
@@ -180,13 +181,19 @@ def too_large(width: int, height: int, pixel_cap: int) -> str:
 
 @contextmanager
 def pillow_warnings_ignored() -> Iterator[None]:
-    """Keeps Pillow's warnings, of odd metadata, off the screen.
+    """Keeps what Pillow warns of and logs, of odd metadata, off the screen; errors are raised.
 
-    Warnings are a matter of the whole process, so this goes around all the threads that decode.
+    Both are a matter of the whole process, so this goes around all the threads that decode.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    log = logging.getLogger("PIL")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _read(file: HashedFile, pixel_cap: int, use: Callable[[Image.Image], Result]) -> Result:

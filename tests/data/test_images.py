@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from eri.data import images
-from eri.data.images import FORMATS, Decoded, alpha_of, hashed
+from eri.data.images import FORMATS, Decoded, alpha_of, hashed, pillow_warnings_ignored
 from eri.errors import DataError
 
 CORNERS = {(0, 0): (255, 0, 0), (1, 0): (0, 255, 0), (0, 1): (0, 0, 255), (1, 1): (255, 255, 0)}
@@ -373,6 +373,20 @@ def test_libtiff_does_not_write_to_the_screen(
     with pytest.raises(OSError), Image.open(path) as image:
         image.load()
     assert "ZIPDecode" in capfd.readouterr().err  # it would, and stderr is open again
+
+
+def test_pillow_does_not_log_to_the_screen(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = encoded(picture(), "TIFF")
+    samples = struct.pack("<HHI", 277, 3, 1)  # the tag of samples per pixel
+    at = content.index(samples) + len(samples)
+    (tmp_path / "a.tif").write_bytes(content[:at] + b"\xff" + content[at + 1 :])
+    with pillow_warnings_ignored():
+        refused(tmp_path / "a.tif")
+    assert not caplog.records
+    refused(tmp_path / "a.tif")
+    assert "samples per pixel" in caplog.text  # it would, and may again
 
 
 def test_only_the_listed_readers_see_a_file(tmp_path: Path) -> None:
