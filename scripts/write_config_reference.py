@@ -18,9 +18,11 @@ from eri.config.section import Section, settings
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 OPENING = """# Configuration
 
-A config is a YAML file; two keys are enough, `model:` and `data:`. Any setting can be overridden on
-the command line: `eri train my.yaml --set train.lr=2e-4`. Unknown keys are refused with their line
-and the nearest known key. Paths are relative to the current folder.
+A config is a YAML file; two keys are enough, `model:` and `data:`. `eri init photos/` writes one to
+begin with, and `eri train --model FILE --data photos/` does without. Any setting can be overridden
+on the command line: `eri train my.yaml --set train.lr=2e-4`. Unknown keys are refused with their
+line and the nearest known key. Paths are relative to the current folder. A run keeps all of its
+settings, each below what it means, in `config.yaml` in its folder.
 
 Written by `scripts/write_config_reference.py` from `eri/config/schema.py`; change it there.
 
