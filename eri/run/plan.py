@@ -47,8 +47,18 @@ class RunPlan:
     lines: tuple[str, ...]  # the same for people
 
 
-def plan_run(config: Config, facts: BaseFacts, choice: Choice, images: Images) -> RunPlan:
+def plan_run(
+    config: Config, facts: BaseFacts, choice: Choice, images: Images, *, dry_run: bool = False
+) -> RunPlan:
     """Work out the steps, the device, the types and the previews of a run, and what it takes.
+
+    Args:
+        config: the settings.
+        facts: of the base model.
+        choice: what it is taken for.
+        images: checked ones.
+        dry_run: work out the memory where there is no GPU, too; it takes a second or more, and
+            a host seldom has too little.
 
     Raises:
         ConfigError: settings that this machine or this model cannot follow.
@@ -56,6 +66,7 @@ def plan_run(config: Config, facts: BaseFacts, choice: Choice, images: Images) -
     """
     device = choose_device()
     dtype = choose_dtype(config.train.precision, device)
+    on_gpu = device.type == "cuda"
     size = _preview_size(config, facts)
     train = config.train
     batches = Batches(
@@ -69,15 +80,7 @@ def plan_run(config: Config, facts: BaseFacts, choice: Choice, images: Images) -
     steps = run_steps(train, batches, len(counted))
     pace = _pace(config, facts, images.train.resolution, dtype, device)
     return RunPlan(
-        loop=Plan(
-            steps=steps,
-            lr=train.lr,
-            schedule=train.schedule,
-            warmup=train.warmup,
-            max_grad_norm=train.max_grad_norm,
-            sample_every=config.sample.every,
-            save_every=config.save.every,
-        ),
+        loop=_loop(config, steps),
         choice=choice,
         device=device,
         dtype=dtype,
@@ -91,11 +94,24 @@ def plan_run(config: Config, facts: BaseFacts, choice: Choice, images: Images) -
             *training_lines(train, batches, steps, len(counted)),
             choice.line if choice.settled else f"{choice.line}; measured before step 1",
             f"device   {device.type}, {str(dtype).removeprefix('torch.')}",
-            *_memory(config, facts, batches, dtype, device),
+            *(_memory(config, facts, batches, dtype, device) if dry_run or on_gpu else ()),
             cache_line(cache_space(facts, images, dtype=dtype, device=device)),
             time_line(run_samples(train, batches, steps), known_rate(pace)),
             f"output   {config.output}",
         ),
+    )
+
+
+def _loop(config: Config, steps: int) -> Plan:
+    train = config.train
+    return Plan(
+        steps=steps,
+        lr=train.lr,
+        schedule=train.schedule,
+        warmup=train.warmup,
+        max_grad_norm=train.max_grad_norm,
+        sample_every=config.sample.every,
+        save_every=config.save.every,
     )
 
 

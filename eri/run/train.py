@@ -69,7 +69,7 @@ def train(
         choice = choose(config.model, facts.hint)
         with nullcontext() if dry_run else own(config.output):
             images = look_at_images(config, facts, console, stop.raise_if_stopped)
-            plan = plan_run(config, facts, choice, images)
+            plan = plan_run(config, facts, choice, images, dry_run=dry_run)
             run = _Run(config, console, facts, images, plan)
             checkpoint = run.look_back(allow_change)
             if not dry_run and not run.go(checkpoint, stop):

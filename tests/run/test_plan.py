@@ -20,7 +20,7 @@ def plan(screen: Screen) -> Callable[[Config], RunPlan]:
     def planned(config: Config) -> RunPlan:
         facts = look_at(config.model.path)
         images = look_at_images(config, facts, screen.console, lambda: None)
-        return plan_run(config, facts, choose(config.model, facts.hint), images)
+        return plan_run(config, facts, choose(config.model, facts.hint), images, dry_run=True)
 
     return planned
 
@@ -103,7 +103,7 @@ def test_a_card_that_is_too_small_is_warned_of(
 def test_what_is_odd_about_the_model_is_told(config: Config, screen: Screen) -> None:
     facts = replace(look_at(config.model.path), notes=("its tensors are odd",))
     images = look_at_images(config, facts, screen.console, lambda: None)
-    lines = plan_run(config, facts, choose(config.model, facts.hint), images).lines
+    lines = plan_run(config, facts, choose(config.model, facts.hint), images, dry_run=True).lines
     assert lines[0].startswith("model ") and lines[1].strip() == "its tensors are odd"
 
 
