@@ -45,12 +45,11 @@ class Telling:
         return [batch(step, json.dumps(self.told()))]
 
     def told(self) -> dict[str, object]:
-        descriptors = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
         return {
             "pid": os.getpid(),
             "threads": torch.get_num_threads(),
             "heavy": [name for name in HEAVY if name in sys.modules],
-            "open": [str(link.readlink()) for link in descriptors],
+            "open": [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()],
         }
 
 
@@ -154,10 +153,10 @@ if __name__ == "__main__":
         loader(0)
         loader(1)
         print(multiprocessing.active_children()[0].pid, flush=True)
-        signal.pause()
+        input()
         loader(2)
         print("went on", flush=True)
-        signal.pause()
+        input()
 """
 
 
@@ -168,6 +167,7 @@ def test_workers_take_no_ctrl_c_and_end_with_their_parent(tmp_path: Path) -> Non
         (tmp_path / "stderr").open("w") as stderr,
         subprocess.Popen(
             [sys.executable, script, tmp_path],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
@@ -175,10 +175,12 @@ def test_workers_take_no_ctrl_c_and_end_with_their_parent(tmp_path: Path) -> Non
             start_new_session=True,
         ) as run,
     ):
+        assert run.stdin is not None
         assert run.stdout is not None
         try:
             worker = int(run.stdout.readline())
             os.killpg(run.pid, signal.SIGINT)
+            print(file=run.stdin, flush=True)
             assert run.stdout.readline() == "went on\n"
             assert waited((tmp_path / "hangs").exists)
             assert runs(worker)
