@@ -66,8 +66,9 @@ def cache_space(
 
 
 def latents_made_by(facts: BaseFacts, device: torch.device) -> str:
-    """What the latents in the cache hang on beside the image: the VAE and where it computes."""
-    return f"{facts.hashes['vae']} fp32 on {device.type}"
+    """What the latents in the cache hang on beside the image: the VAE and how it computes."""
+    arithmetic = "fp32 on the CPU" if device.type == "cpu" else f"TF32 on {device.type}"
+    return f"{facts.hashes['vae']} {arithmetic}"
 
 
 def most_texts(images: ImageSet) -> int:

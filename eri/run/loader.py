@@ -59,6 +59,9 @@ class Loader:
         self._next: tuple[int, Read] | None = None  # a step and what it is, on the device
 
     def __enter__(self) -> Self:
+        """Bring the first step; workers, which take seconds to begin, begin meanwhile."""
+        if self._steps:
+            self._next = (self._steps.start, self._bring(self._steps.start))
         return self
 
     def __exit__(

@@ -12,6 +12,7 @@ from eri.config import Config
 from eri.diffusion import NoiseSchedule
 from eri.models.unet import UNet
 from eri.models.vae import VAE
+from eri.run.base import BaseFacts
 from eri.run.conditions import Condition
 from eri.run.dataset import Images
 from eri.run.encoding import Encoder
@@ -22,7 +23,7 @@ from eri.run.preview import Painter, Previews
 from eri.run.samples import Samples, micro_batches, texts_drawn, texts_of
 from eri.train import OPTIMIZERS, TrainState, say
 
-__all__ = ["Parts", "build"]
+__all__ = ["Encoded", "Parts", "build", "encode"]
 
 
 @dataclass(frozen=True)
@@ -38,69 +39,20 @@ class Parts:
     previews: Previews
 
 
-def build(
-    config: Config,
-    plan: RunPlan,
-    images: Images,
-    encoder: Encoder,
-    *,
-    settle: Callable[[UNet, Sequence[Sample]], NoiseSchedule],
-) -> Parts:
-    """Encode the images and prompts, load the U-Net, and attach a fresh adapter.
-
-    Args:
-        config: the settings.
-        plan: the decisions.
-        images: to train on.
-        encoder: of images and prompts, with a base model.
-        settle: decides what the U-Net predicts, and over which schedule, while it is still the
-            base model alone.
-    """
-    _set_arithmetic(config)
-    vae = encoder.facts.load_vae()
-    encoded = _encode(config, plan, images, encoder, vae)
-    unet = encoder.facts.load_unet(dtype=plan.dtype, device=plan.device)
-    schedule = settle(unet, encoded.samples)
-    adapter = attach(
-        unet,
-        rank=config.adapter.rank,
-        alpha=config.adapter.alpha,
-        dropout=config.adapter.dropout,
-        targets=config.adapter.targets,
-        seed=config.train.seed,
-    )
-    unet.train()
-    return Parts(
-        unet=unet,
-        adapter=adapter,
-        state=_state(config, plan, adapter),
-        objective=Objective(
-            unet, schedule, seed=config.train.seed, drops=config.adapter.dropout > 0
-        ),
-        samples=encoded.samples,
-        validation=encoded.validation,
-        previews=Previews(
-            painter=_painter(config, unet, vae, schedule),
-            prompts=[prompt for prompt, _ in plan.prompts],
-            negative_prompt=config.sample.negative,
-            conditions=encoded.prompts,
-            adapter=adapter,
-            size=plan.size,
-            folder=config.output / "samples",
-        ),
-    )
-
-
 @dataclass(frozen=True)
-class _Encoded:
-    samples: Samples
+class Encoded:
+    """What the encoders are needed for."""
+
+    samples: Samples  # to train on
     validation: Samples
-    prompts: Sequence[tuple[Condition, Condition]]  # each with the negative one
+    prompts: Sequence[tuple[Condition, Condition]]  # of the previews, each with the negative one
+    vae: VAE  # that decodes the previews
 
 
-def _encode(config: Config, plan: RunPlan, images: Images, encoder: Encoder, vae: VAE) -> _Encoded:
-    """Everything that the encoders are needed for; they are free again afterwards."""
-    train, held_out = images.train, images.validation
+def encode(config: Config, plan: RunPlan, images: Images, encoder: Encoder) -> Encoded:
+    """Encode images, captions and prompts; the encoders are off the device afterwards."""
+    _set_arithmetic(config)
+    train, held_out, vae = images.train, images.validation, encoder.facts.load_vae()
     latents, held_out_latents = encoder.latents(train, vae), encoder.latents(held_out, vae)
     numbers = micro_batches(plan.batches, config.train.accumulate, range(plan.loop.steps))
     drawn = texts_drawn(train, plan.batches, numbers, config.train.seed)
@@ -122,7 +74,57 @@ def _encode(config: Config, plan: RunPlan, images: Images, encoder: Encoder, vae
         note = reader.words.clip_skip_note
     if note:
         say(encoder.console, f"note: {note}")
-    return _Encoded(samples, validation, prompts)
+    return Encoded(samples, validation, prompts, vae)
+
+
+def build(
+    config: Config,
+    plan: RunPlan,
+    facts: BaseFacts,
+    encoded: Encoded,
+    *,
+    settle: Callable[[UNet, Sequence[Sample]], NoiseSchedule],
+) -> Parts:
+    """Load the U-Net and attach a fresh adapter.
+
+    Args:
+        config: the settings.
+        plan: the decisions.
+        facts: of the base model.
+        encoded: images and prompts.
+        settle: decides what the U-Net predicts, and over which schedule, while it is still the
+            base model alone.
+    """
+    unet = facts.load_unet(dtype=plan.dtype, device=plan.device)
+    schedule = settle(unet, encoded.samples)
+    adapter = attach(
+        unet,
+        rank=config.adapter.rank,
+        alpha=config.adapter.alpha,
+        dropout=config.adapter.dropout,
+        targets=config.adapter.targets,
+        seed=config.train.seed,
+    )
+    unet.train()
+    return Parts(
+        unet=unet,
+        adapter=adapter,
+        state=_state(config, plan, adapter),
+        objective=Objective(
+            unet, schedule, seed=config.train.seed, drops=config.adapter.dropout > 0
+        ),
+        samples=encoded.samples,
+        validation=encoded.validation,
+        previews=Previews(
+            painter=_painter(config, unet, encoded.vae, schedule),
+            prompts=[prompt for prompt, _ in plan.prompts],
+            negative_prompt=config.sample.negative,
+            conditions=encoded.prompts,
+            adapter=adapter,
+            size=plan.size,
+            folder=config.output / "samples",
+        ),
+    )
 
 
 def _state(config: Config, plan: RunPlan, adapter: Adapter) -> TrainState:

@@ -23,7 +23,7 @@ from eri.run.folder import claim, own
 from eri.run.loader import Loader, worker_count
 from eri.run.memory import memory_errors
 from eri.run.micro_batch import Sample
-from eri.run.parts import Parts, build
+from eri.run.parts import Encoded, Parts, build, encode
 from eri.run.plan import RunPlan, plan_run
 from eri.run.prediction import Choice, Subjects, choose, recorded, schedule_of, settle
 from eri.run.rates import remember_rate
@@ -139,13 +139,35 @@ class _Run:
             console=self.console,
             check_stop=stop.raise_if_stopped,
         )
-        parts = build(self.config, self.plan, self.images, encoder, settle=self._settle)
+        encoded = encode(self.config, self.plan, self.images, encoder)
+        with self._loader(encoded, 0 if checkpoint is None else checkpoint.step) as batches:
+            return self._go_on(encoded, checkpoint, batches, stop)
+
+    def _loader(self, encoded: Encoded, step: int) -> Loader:
+        """What reads the steps; it begins before the U-Net loads, and is ready when that is."""
+        train = self.config.train
+        return Loader(
+            Steps(encoded.samples, self.plan.batches, train.accumulate),
+            steps=range(step, self.plan.loop.steps),
+            workers=worker_count(train.workers, self.plan.device),
+            device=self.plan.device,
+            say=self.say,
+        )
+
+    def _go_on(
+        self,
+        encoded: Encoded,
+        checkpoint: checkpoints.Checkpoint | None,
+        batches: Loader,
+        stop: StopSignals,
+    ) -> bool:
+        parts = build(self.config, self.plan, self.facts, encoded, settle=self._settle)
         size = sum(p.numel() for p in parts.adapter.parameters()) * BYTES_OF_A_STATE
         require_space(self.folder, size * (self.config.save.keep + 1))
         if checkpoint is not None:
             checkpoints.load(checkpoint, parts.state, parts.adapter, self.layers)
             self.say(f"going on from step {checkpoint.step}")
-        self._train(parts, stop)
+        self._train(parts, batches, stop)
         finished = not stop() and self._finish(parts, stop)
         if not finished:
             where = f"step {parts.state.step} of {self.plan.loop.steps}"
@@ -172,7 +194,7 @@ class _Run:
             self._write_config()
         return schedule_of(self.facts.noise, self.choice)
 
-    def _train(self, parts: Parts, stop: Callable[[], bool]) -> None:
+    def _train(self, parts: Parts, batches: Loader, stop: Callable[[], bool]) -> None:
         state = parts.state
         log_file = self.folder / "log.jsonl"
         cut(log_file, state.step)
@@ -183,17 +205,8 @@ class _Run:
             self.say("drawing the previews of the base model")
             parts.previews.draw(0, stop)
 
-        steps = Steps(parts.samples, self.plan.batches, self.config.train.accumulate)
-        with (
-            Log(log_file, steps=self.plan.loop.steps, step=state.step, console=self.console) as log,
-            Loader(
-                steps,
-                steps=range(state.step, self.plan.loop.steps),
-                workers=worker_count(self.config.train.workers, self.plan.device),
-                device=self.plan.device,
-                say=log.say,
-            ) as batches,
-        ):
+        steps = self.plan.loop.steps
+        with Log(log_file, steps=steps, step=state.step, console=self.console) as log:
             train_loop(
                 self.plan.loop,
                 state,

@@ -10,7 +10,7 @@ from eri.models.text import TextEncoder
 from eri.models.vae import VAE
 from eri.run.base import BaseFacts, look_at
 from eri.run.dataset import ImageSet, look_at_images
-from eri.run.encoding import Encoder
+from eri.run.encoding import Encoder, tensor_cores
 from eri.run.samples import Samples, texts_of
 from tests.run.conftest import Screen
 
@@ -162,3 +162,14 @@ def test_held_out_captions_are_read_as_those_of_training_or_longer(
     assert encoded(facts, images, screen, windows=2)[0].context.shape == (154, 32)
     assert "longest caption" not in screen.text
     assert encoded(facts, ImageSet(), screen, windows=2).windows == 2
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_tensor_cores_are_used_within_a_block_only(
+    before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+    with pytest.raises(ZeroDivisionError), tensor_cores():
+        assert torch.backends.cudnn.allow_tf32
+        raise ZeroDivisionError
+    assert torch.backends.cudnn.allow_tf32 == before

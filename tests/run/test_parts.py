@@ -9,7 +9,7 @@ from eri.run.base import look_at
 from eri.run.dataset import look_at_images
 from eri.run.encoding import Encoder
 from eri.run.objective import SampleBatch, validate
-from eri.run.parts import Parts, build
+from eri.run.parts import Parts, build, encode
 from eri.run.plan import plan_run
 from eri.run.prediction import choose, schedule_of
 from tests.run.conftest import Screen
@@ -29,7 +29,8 @@ def built(screen: Screen) -> Callable[[Config], Parts]:
             check_stop=lambda: None,
         )
         schedule = schedule_of(facts.noise, plan.choice)
-        return build(config, plan, images, encoder, settle=lambda *asked: schedule)
+        encoded = encode(config, plan, images, encoder)
+        return build(config, plan, facts, encoded, settle=lambda *asked: schedule)
 
     return build_for
 
