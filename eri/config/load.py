@@ -2,7 +2,7 @@
 
 import logging
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -18,6 +18,12 @@ __all__ = ["load_config", "make_config"]
 MAX_BYTES = 1_000_000
 PROMPT_SETTINGS = (("sample", "prompts"), ("sample", "negative"))
 EXAMPLE_HINT = "the smallest config has two lines: `model: demo` and `data: photos/`"
+
+SHORT_FORMS: dict[str, Callable[[str], object]] = {
+    "model": lambda path: {"path": path},
+    "data": lambda path: [{"path": path}],
+}
+"""What a text stands for where a group of settings may be."""
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +129,13 @@ def _override(document: Document, settings: dict[str, object], override: str) ->
         raise ConfigError(what, where="--set", hint="as in --set train.lr=1e-4")
     where = f"--set {printable(key)}"
     changed = parse(text, lambda line, column: where)
-    path: KeyPath = tuple(key.split("."))
+    named: KeyPath = tuple(key.split("."))
+    path = _put(settings, named, changed.value)
+    if path is None:
+        what = f"{printable(key)} stands below a value that is not a mapping"
+        document.places[named] = where
+        document.problems[named] = Problem(where=where, what=what, hint="set the whole value")
+        return
     for table in (document.places, document.problems):
         for below in [known for known in table if known[: len(path)] == path]:
             del table[below]
@@ -133,19 +145,23 @@ def _override(document: Document, settings: dict[str, object], override: str) ->
     document.places |= {path + below: where for below in changed.places}
     document.problems |= {path + below: problem for below, problem in changed.problems.items()}
     document.commented += [path + below for below in changed.commented]
-    if not _put(settings, path, changed.value):
-        what = f"{printable(key)} stands below a value that is not a mapping"
-        document.problems[path] = Problem(where=where, what=what, hint="set the whole value")
 
 
-def _put(settings: dict[str, object], path: KeyPath, value: object) -> bool:
-    for key in path[:-1]:
-        below = settings.setdefault(str(key), {})
+def _put(settings: dict[str, object], path: KeyPath, value: object) -> KeyPath | None:
+    """Set a value, below short forms and an only list item as well; the path that it then has."""
+    reached: KeyPath = ()
+    for key in map(str, path[:-1]):
+        below = settings.setdefault(key, {})
+        if isinstance(below, str) and key in SHORT_FORMS:
+            below = settings[key] = SHORT_FORMS[key](below)
+        reached = (*reached, key)
+        if isinstance(below, list) and len(below) == 1:  # of several, which one is not said
+            below, reached = below[0], (*reached, 0)
         if not isinstance(below, dict):
-            return False
+            return None
         settings = below
     settings[str(path[-1])] = value
-    return True
+    return (*reached, path[-1])
 
 
 def _warn_of_comments(document: Document) -> None:

@@ -257,8 +257,7 @@ class TestOverrides:
             ("train.lr=x", "--set train.lr", "train.lr is 'x'; allowed: a number"),
             ("train.lrate=1", "--set train.lrate", "did you mean train.lr?"),
             ("train.memory=small", "--set train.memory", "not in this version yet"),
-            ("model.path=x", "--set model.path", "below a value that is not a mapping"),
-            ("data.path=x", "--set data.path", "below a value that is not a mapping"),
+            ("output.path=x", "--set output.path", "below a value that is not a mapping"),
             ("data=[{path: x, pth: y}]", "--set data", "unknown key data.0.pth"),
             ("train=[", "--set train", "bracket"),
             ("train=&a {lr: 1}", "--set train", "anchors"),
@@ -313,7 +312,7 @@ class TestWithoutAFile:
             ({"data": ["a", "~/b"]}, [], "--data", "data.1.path is '~/b'; allowed: the whole path"),
             ({"output": "runs/.."}, [], "--output", "output is 'runs/..'; allowed: a folder whose"),
             ({}, ["train.lrate=1"], "--set train.lrate", "did you mean train.lr?"),
-            ({}, ["model.path=x"], "--set model.path", "below a value that is not a mapping"),
+            ({}, ["data.path.x=y"], "--set data.path.x", "below a value that is not a mapping"),
         ],
     )
     def test_what_is_wrong_is_named_with_its_option(
@@ -323,3 +322,23 @@ class TestWithoutAFile:
             make_config(**{"model": "demo", "data": ["x"]} | arguments, overrides=overrides)
         assert caught.value.where == where
         assert words in caught.value.what
+
+
+@pytest.mark.parametrize("data", ["photos", "[{path: photos}]", "[{path: photos, flip: false}]"])
+def test_an_override_reaches_below_a_short_form(tmp_path: Path, data: str) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(f"model: demo\ndata: {data}\n")
+    overrides = ["model.prediction=v", "data.flip=true", "data.caption.trigger=ohwx"]
+    config = load_config(path, overrides)
+    assert (config.model.path, config.model.prediction) == ("demo", "v")
+    (source,) = config.data
+    assert (source.path, source.flip, source.caption.trigger) == (Path("photos"), True, "ohwx")
+    with pytest.raises(ConfigError, match=r"data.0.flip is 'maybe'.*\(--set data.flip\)"):
+        load_config(path, ["data.flip=maybe"])
+
+
+def test_of_several_folders_an_override_does_not_choose(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text("model: demo\ndata: [{path: a}, {path: b}]\n")
+    with pytest.raises(ConfigError, match="stands below a value that is not a mapping"):
+        load_config(path, ["data.flip=true"])
