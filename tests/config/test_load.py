@@ -257,7 +257,7 @@ class TestOverrides:
             ("train.lr=x", "--set train.lr", "train.lr is 'x'; allowed: a number"),
             ("train.lrate=1", "--set train.lrate", "did you mean train.lr?"),
             ("train.memory=small", "--set train.memory", "not in this version yet"),
-            ("output.path=x", "--set output.path", "below a value that is not a mapping"),
+            ("data.path.x=y", "--set data.path.x", "below a value that is not a mapping"),
             ("data=[{path: x, pth: y}]", "--set data", "unknown key data.0.pth"),
             ("train=[", "--set train", "bracket"),
             ("train=&a {lr: 1}", "--set train", "anchors"),

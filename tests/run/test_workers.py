@@ -197,8 +197,8 @@ def test_a_system_without_room_for_processes_is_told(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", no_room)
     handler = signal.getsignal(signal.SIGCHLD)
     with (
-        Loader(batches, steps=range(9), workers=1, device=CPU, say=print) as loader,
         pytest.raises(WorkerError, match="Resource temporarily unavailable") as failed,
+        Loader(batches, steps=range(9), workers=1, device=CPU, say=print) as loader,
     ):
         loader(0)
     assert failed.value.hint == "set train.workers: 0"
