@@ -55,7 +55,7 @@ def main(model: str, side: int | None) -> None:
     with tensor_cores():
         report("VAE, TF32", lambda: vae.encode(image)[0], truth)
         report("VAE, TF32, in tiles", lambda: vae.encode(image, tiled=True)[0], truth)
-    del vae
+    vae.to("cpu")
     text = facts.load_text("cuda")
     report("one caption", lambda: text.encode([CAPTION])[0])
     report("16 captions at once", lambda: text.encode([CAPTION] * 16)[0])
