@@ -50,6 +50,7 @@ TORCH_FREE_FILES = {  # they tell what a model is before any weight is read
 HEAVY = {"diffusers", "transformers", "huggingface_hub"}
 HEAVY_INSIDE_FUNCTIONS = {"eri/models/text.py", "eri/models/vae.py", "eri/diffusion/samplers.py"}
 HUB_INSIDE_FUNCTIONS = {"eri/run/hub_client.py"}  # of huggingface_hub
+SLOW_TO_LOAD = {"eri.models", "eri.layers", "torch._dynamo", "rich.console"}
 SPEAKS_TO_PEOPLE = ("eri/cli", "eri/train/log.py")
 BANNED_NAMES = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
 MAX_FILE_LINES = 400
@@ -308,6 +309,17 @@ def test_importing_eri_loads_neither_diffusers_nor_transformers() -> None:
     modules = [module_of(path) for path, _ in sources() if not path.endswith("__main__.py")]
     assert not loaded_by("import " + ", ".join(modules)) & HEAVY
     assert loaded_by("import transformers") & HEAVY
+
+
+def test_what_worker_processes_import_is_no_heavier_than_torch() -> None:
+    def heavy(module: str) -> str:
+        code = f"import sys, {module}; print(*(n for n in sys.modules if n in {SLOW_TO_LOAD}))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert not heavy("eri.run.samples")
+    assert heavy("eri.run.dataset")
 
 
 def test_torch_free_files_load_no_torch() -> None:

@@ -1,7 +1,5 @@
 """What a run trains on: checked images with their captions, and what else came to light."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,13 +85,3 @@ class Dataset:
     items: tuple[Item, ...]
     skipped: tuple[str, ...]
     notes: tuple[str, ...]
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256, in hex, of what is trained on: the bytes and captions in their order."""
-        digest = hashlib.sha256()
-        for item in self.items:
-            captions = hashlib.sha256(json.dumps(item.captions).encode()).hexdigest()
-            mask = item.mask.sha256 if item.mask else ""
-            digest.update(f"{item.source} {item.sha256} {captions} {mask}\n".encode())
-        return digest.hexdigest()

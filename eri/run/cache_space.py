@@ -10,7 +10,8 @@ from eri.data import Cut, Shape
 from eri.data.cache import latent_bytes, missing_latents
 from eri.files import cache_dir, disk_errors, require_space
 from eri.run.base import LATENT_CHANNELS, BaseFacts
-from eri.run.dataset import Images, ImageSet
+from eri.run.dataset import Images
+from eri.run.image_set import ImageSet
 
 __all__ = ["CacheSpace", "cache_space", "latents_made_by", "most_texts"]
 

@@ -11,10 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eri.data import PLAIN, Shape, View, size_ids
 from eri.models.unet import UNet
 
-__all__ = ["Condition", "Conditions", "size_tensor", "stack"]
+__all__ = ["Condition", "Conditions", "stack"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,6 @@ class Conditions(NamedTuple):
     context: Tensor  # [B, S, K], in the U-Net's type
     pooled: Tensor | None = None  # [B, P], in the U-Net's type
     time_ids: Tensor | None = None  # [B, 6], float32
-
-
-def size_tensor(width: int, height: int, shape: Shape, view: View = PLAIN) -> Tensor:
-    """The size ids of an image that is cut to `shape`, float32 `[6]`; see `eri.data.size_ids`."""
-    return torch.tensor(size_ids(width, height, shape, view), dtype=torch.float32)
 
 
 def stack(

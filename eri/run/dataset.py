@@ -1,11 +1,8 @@
 """The images of a run, checked before anything slow happens."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 
 from PIL import Image
 from rich.console import Console
@@ -14,76 +11,23 @@ from rich.progress import Progress as Bar
 
 from eri.config import Config, DataSource
 from eri.data import (
-    Cut,
     Item,
     Progress,
-    Shape,
-    View,
     assign,
     decode,
     has_unset_trigger,
     note,
     scan,
-    views,
 )
 from eri.run.base import BaseFacts
+from eri.run.image_set import ImageSet
 from eri.train import say
 
-__all__ = ["ImageSet", "Images", "look_at_images", "told"]
+__all__ = ["Images", "look_at_images", "told"]
 
 EXAMPLES = 4  # training images on the contact sheet
 AS_IT_IS = {"flip": False, "crop_jitter": 0.0, "color": 0.0, "repeats": 1, "validation": None}
 """What a folder asks for that is measured on."""
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Checked images, and the shape that each is cut to."""
-
-    items: tuple[Item, ...] = ()
-    shapes: tuple[Shape, ...] = ()
-    sources: tuple[DataSource, ...] = ()
-    resolution: int = 0  # side of the largest square whose area they are scaled to
-    joined: int = 0  # images that took their neighbours' shape
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def source(self, index: int) -> DataSource:
-        """The folder that an image is from, with its settings."""
-        return self.sources[self.items[index].source]
-
-    @cached_property
-    def views(self) -> tuple[tuple[View, ...], ...]:
-        """The versions of each image."""
-        return tuple(
-            views(item.sha256, self.source(index)) for index, item in enumerate(self.items)
-        )
-
-    @cached_property
-    def cuts(self) -> tuple[Cut, ...]:
-        """Every version of every image, in this order."""
-        return tuple(
-            Cut(item, shape, view)
-            for item, shape, versions in zip(self.items, self.shapes, self.views, strict=True)
-            for view in versions
-        )
-
-    @cached_property
-    def repeats(self) -> tuple[int, ...]:
-        """How often an epoch shows each image."""
-        return tuple(self.source(index).repeats for index in range(len(self)))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256, in hex, of what is trained on: bytes, captions, masks and cuts in order."""
-        digest = hashlib.sha256()
-        for cut in self.cuts:
-            item = cut.item
-            mask = item.mask and item.mask.sha256
-            what = [item.source, item.sha256, item.captions, mask, cut.shape, cut.view]
-            digest.update(json.dumps(what).encode())
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from eri.printable import first_few, printable
 from eri.run.base import BaseFacts
 from eri.run.cache_space import latents_made_by
 from eri.run.conditions import Condition
-from eri.run.dataset import ImageSet, told
+from eri.run.dataset import told
+from eri.run.image_set import ImageSet
 from eri.run.samples import Samples, Text, texts_of
 from eri.train import say
 

@@ -10,7 +10,9 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-__all__ = ["Packed", "Sample", "SampleBatch"]
+from eri.data import PLAIN, Shape, View, size_ids
+
+__all__ = ["Packed", "Sample", "SampleBatch", "size_tensor"]
 
 TENSORS = ("mean", "std", "context", "pooled", "time_ids", "mask")  # of a sample
 ALIGNMENT = 16  # bytes; a tensor may begin wherever its type allows, and on a GPU read fast
@@ -29,6 +31,11 @@ class Sample:
     mask: Tensor | None = None  # what of it is learned, float32 [1, H, W] in 0…1; None: all
     unmasked_weight: float = 0.0  # of what the mask leaves out, relative to what it keeps
     weight: float = 1.0  # factor of its loss
+
+
+def size_tensor(width: int, height: int, shape: Shape, view: View = PLAIN) -> Tensor:
+    """The size ids of an image that is cut to `shape`, float32 `[6]`; see `eri.data.size_ids`."""
+    return torch.tensor(size_ids(width, height, shape, view), dtype=torch.float32)
 
 
 @dataclass(frozen=True)

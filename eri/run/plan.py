@@ -9,9 +9,10 @@ from eri.data import Batches
 from eri.errors import ConfigError
 from eri.run.base import BaseFacts
 from eri.run.cache_space import cache_space
-from eri.run.dataset import Images, ImageSet
+from eri.run.dataset import Images
 from eri.run.device import choose_device, choose_dtype
 from eri.run.footprint import card_memory, footprint
+from eri.run.image_set import ImageSet
 from eri.run.plan_text import (
     cache_line,
     image_lines,

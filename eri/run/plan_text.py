@@ -8,8 +8,9 @@ from eri.data.batches import Bucket
 from eri.data.shapes import crop_loss
 from eri.run.base import BaseFacts
 from eri.run.cache_space import CacheSpace
-from eri.run.dataset import Images, ImageSet
+from eri.run.dataset import Images
 from eri.run.footprint import Footprint
+from eri.run.image_set import ImageSet
 from eri.run.rates import Rate
 from eri.run.steps import FEWEST_STEPS, MOST_STEPS, VIEWS_OF_AN_IMAGE
 

@@ -16,7 +16,8 @@ from eri.files import atomic_write, disk_errors
 from eri.models.unet import UNet
 from eri.models.vae import VAE
 from eri.rng import normal
-from eri.run.conditions import Condition, Conditions, size_tensor, stack
+from eri.run.conditions import Condition, Conditions, stack
+from eri.run.micro_batch import size_tensor
 from eri.run.sheet import contact_sheet
 
 __all__ = ["Painter", "Previews", "save_png"]

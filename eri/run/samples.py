@@ -12,9 +12,8 @@ import torch
 from eri.data import Batches, Latents, Texts, View, caption_of, plain_caption
 from eri.printable import printable
 from eri.rng import generator
-from eri.run.conditions import size_tensor
-from eri.run.dataset import ImageSet
-from eri.run.objective import Sample, SampleBatch
+from eri.run.image_set import ImageSet
+from eri.run.micro_batch import Sample, SampleBatch, size_tensor
 
 __all__ = [
     "Samples",

@@ -10,7 +10,8 @@ from eri.data import Item, Shape
 from eri.errors import DiskError
 from eri.run.base import BaseFacts, look_at
 from eri.run.cache_space import CacheSpace, cache_space, most_texts
-from eri.run.dataset import ImageSet, look_at_images
+from eri.run.dataset import look_at_images
+from eri.run.image_set import ImageSet
 from eri.run.train import train
 from tests.run.conftest import Screen
 

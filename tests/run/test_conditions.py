@@ -6,7 +6,8 @@ import torch
 from eri.data import Shape
 from eri.models import load_unet
 from eri.models.unet import UNet
-from eri.run.conditions import Condition, size_tensor, stack
+from eri.run.conditions import Condition, stack
+from eri.run.micro_batch import size_tensor
 
 PROMPTS = [Condition(torch.randn(7, 128), torch.randn(64)) for _ in range(3)]
 SIZES = [torch.tensor([100.0, 1022, 0, n, 64, 64]) for n in range(3)]

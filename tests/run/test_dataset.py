@@ -1,7 +1,6 @@
 from collections.abc import Callable
 
 import pytest
-from PIL import Image
 
 from eri.config import Config
 from eri.data import PLAIN
@@ -82,26 +81,3 @@ def test_regularization_images_are_not_shown_as_what_is_learned(
     assert len(images.train) == 7
     assert [images.train.source(index).regularization for index in (0, 6)] == [False, True]
     assert len(images.examples()) == 4
-
-
-@pytest.mark.parametrize("what", ["bytes", "caption", "shape", "view", "order"])
-def test_the_fingerprint_is_of_all_that_is_trained_on(
-    what: str, config: Config, change: Callable[..., Config], screen: Screen
-) -> None:
-    def fingerprint(changed: Config) -> str:
-        facts = look_at(config.model.path)
-        return look_at_images(changed, facts, screen.console, go_on).train.fingerprint
-
-    folder, before = config.data[0].path, fingerprint(config)
-    assert fingerprint(config) == before
-    if what == "bytes":
-        Image.new("RGB", (96, 96), "green").save(folder / "0.png")
-    elif what == "caption":
-        (folder / "0.txt").write_text("a green disc")
-    elif what == "order":
-        (folder / "0.png").rename(folder / "9.png")
-        (folder / "0.txt").rename(folder / "9.txt")
-    else:
-        asked = {"resolution": 64} if what == "shape" else {"flip": True}
-        config = change(config, data=(config.data[0].model_copy(update=asked),))
-    assert fingerprint(config) != before

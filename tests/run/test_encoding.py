@@ -9,8 +9,9 @@ from eri.config import Config
 from eri.models.text import TextEncoder
 from eri.models.vae import VAE
 from eri.run.base import BaseFacts, look_at
-from eri.run.dataset import ImageSet, look_at_images
+from eri.run.dataset import look_at_images
 from eri.run.encoding import Encoder, tensor_cores
+from eri.run.image_set import ImageSet
 from eri.run.samples import Samples, texts_of
 from tests.run.conftest import Screen
 

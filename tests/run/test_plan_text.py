@@ -6,8 +6,9 @@ import pytest
 from eri.config import DataSource, Train
 from eri.data import Batches, Item, Shape
 from eri.run.cache_space import CacheSpace
-from eri.run.dataset import Images, ImageSet
+from eri.run.dataset import Images
 from eri.run.footprint import Footprint
+from eri.run.image_set import ImageSet
 from eri.run.plan_text import (
     cache_line,
     image_lines,

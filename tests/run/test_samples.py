@@ -19,7 +19,7 @@ from eri.data import (
     cache_texts,
     size_ids,
 )
-from eri.run.dataset import ImageSet
+from eri.run.image_set import ImageSet
 from eri.run.samples import Samples, Steps, micro_batches, texts_drawn, texts_of
 
 SHAPE = Shape(64, 64)

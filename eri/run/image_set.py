@@ -1,0 +1,65 @@
+"""The checked images of a run, and how each is cut, varied and repeated.
+
+Worker processes import this file: it stays free of models and everything else that is slow to load.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+
+from eri.config import DataSource
+from eri.data import Cut, Item, Shape, View, views
+
+__all__ = ["ImageSet"]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Checked images, and the shape that each is cut to."""
+
+    items: tuple[Item, ...] = ()
+    shapes: tuple[Shape, ...] = ()
+    sources: tuple[DataSource, ...] = ()
+    resolution: int = 0  # side of the largest square whose area they are scaled to
+    joined: int = 0  # images that took their neighbours' shape
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def source(self, index: int) -> DataSource:
+        """The folder that an image is from, with its settings."""
+        return self.sources[self.items[index].source]
+
+    @cached_property
+    def views(self) -> tuple[tuple[View, ...], ...]:
+        """The versions of each image."""
+        return tuple(
+            views(item.sha256, self.source(index)) for index, item in enumerate(self.items)
+        )
+
+    @cached_property
+    def cuts(self) -> tuple[Cut, ...]:
+        """Every version of every image, in this order."""
+        return tuple(
+            Cut(item, shape, view)
+            for item, shape, versions in zip(self.items, self.shapes, self.views, strict=True)
+            for view in versions
+        )
+
+    @cached_property
+    def repeats(self) -> tuple[int, ...]:
+        """How often an epoch shows each image."""
+        return tuple(self.source(index).repeats for index in range(len(self)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of what is trained on: bytes, captions, masks and cuts in order."""
+        digest = hashlib.sha256()
+        for cut in self.cuts:
+            item = cut.item
+            mask = item.mask and (item.mask.sha256, item.mask.alpha)
+            what = [item.source, item.sha256, item.captions, item.background, mask]
+            what += [cut.shape, cut.view]
+            digest.update(json.dumps(what).encode())
+        return digest.hexdigest()
