@@ -87,6 +87,11 @@ class BaseFacts:
         return {part: "+".join(digests[f] for f in files) for part, files in files_of.items()}
 
     @cached_property
+    def words(self) -> TextEncoder:
+        """The text encoders without their weights: they can only count tokens."""
+        return self.load_text("meta")
+
+    @cached_property
     def lacks(self) -> tuple[tuple[str, str], ...]:
         """What is missing to train with it or to draw: a line and a hint for each."""
         return tuple(_lacks(self))
@@ -100,7 +105,7 @@ class BaseFacts:
         return load_vae(self.vae_path, family=self.spec.family)
 
     def load_text(self, device: torch.device | str) -> TextEncoder:
-        """The text encoders, in float32; on the device `meta` they can only count tokens."""
+        """The text encoders, in float32."""
         return load_text(
             self.text_path,
             device=device,

@@ -21,6 +21,7 @@ from eri.data import (
 )
 from eri.run.base import BaseFacts
 from eri.run.image_set import ImageSet
+from eri.run.lengths import length_notes
 from eri.train import say
 
 __all__ = ["Images", "look_at_images", "told"]
@@ -87,11 +88,13 @@ def _look(
         if has_unset_trigger(item.captions, sources[item.source].caption)
     ]
     triggers = note("captions with [trigger], which stays text without caption.trigger", unset)
-    for line in (*dataset.skipped, *dataset.notes, *triggers, *assignment.notes):
-        say(console, f"note: {line}")
-    return ImageSet(
+    images = ImageSet(
         dataset.items, assignment.shapes, tuple(sources), max(resolutions), assignment.joined
     )
+    lengths = length_notes(images, facts.words)
+    for line in (*dataset.skipped, *dataset.notes, *triggers, *assignment.notes, *lengths):
+        say(console, f"note: {line}")
+    return images
 
 
 @contextmanager

@@ -16,14 +16,12 @@ from torch import Tensor
 from eri.data import Encoded, Latents, Progress, Texts, TextStates, cache_latents, cache_texts
 from eri.models.text import TextEncoder
 from eri.models.vae import VAE
-from eri.printable import first_few, printable
 from eri.run.base import BaseFacts
 from eri.run.cache_space import latents_made_by
 from eri.run.conditions import Condition
 from eri.run.dataset import told
 from eri.run.image_set import ImageSet
-from eri.run.samples import Samples, Text, texts_of
-from eri.train import say
+from eri.run.samples import Samples, Text
 
 __all__ = ["Encoder", "Reader", "tensor_cores"]
 
@@ -50,8 +48,6 @@ class Reader:
         self.dtype = dtype
         self.device = device
         self.progress = progress
-        self.words = facts.load_text("meta")
-        """The encoders without their weights: they count tokens."""
         self._encoder: TextEncoder | None = None
 
     def __enter__(self) -> Self:
@@ -101,7 +97,7 @@ class Reader:
             negative: what not to; in the syntax of the UIs.
             weighted: whether the prompt is in that syntax, too, or just text.
         """
-        windows = self.words.windows_needed([prompt, negative], weighted=[weighted, True])
+        windows = self.facts.words.windows_needed([prompt, negative], weighted=[weighted, True])
         given = self.texts([prompt], windows=windows, weighted=weighted)[prompt]
         without = self.texts([negative], windows=windows, weighted=True)[negative]
         return Condition(given.context, given.pooled), Condition(without.context, without.pooled)
@@ -119,7 +115,7 @@ def tensor_cores() -> Iterator[None]:
 
 
 class Encoder:
-    """Makes the samples of a run, and tells how far it is and what its owner may want to know.
+    """Makes the samples of a run, and tells how far it is.
 
     Args:
         facts: of the base model whose encoders are used.
@@ -188,12 +184,11 @@ class Encoder:
         for text, weighted in dict.fromkeys(wanted):
             prompts[weighted].append(text)
         needed = [
-            reader.words.windows_needed(texts, weighted=weighted)
+            self.facts.words.windows_needed(texts, weighted=weighted)
             for weighted, texts in prompts.items()
             if texts
         ]
         windows = max(least_windows, *needed, 1)
-        self._tell_of_windows(reader, images, windows)
         texts = {
             weighted: reader.texts(texts, windows=windows, weighted=weighted)
             for weighted, texts in prompts.items()
@@ -202,32 +197,3 @@ class Encoder:
 
     def _progress(self, what: str) -> AbstractContextManager[Progress]:
         return told(self.console, what, self.check_stop)
-
-    def _tell_of_windows(self, reader: Reader, images: ImageSet, windows: int) -> None:
-        """Why captions are read in several windows, and which are too long even so."""
-        words = reader.words
-        lost = {
-            index: words.tokens_lost(text, weighted=weighted)
-            for index, (text, weighted) in enumerate(texts_of(images))
-        }
-        longest = max(lost, key=lambda index: lost[index], default=None)
-        if longest is None or not lost[longest]:
-            return
-        inner = words.tokens - 2
-        path = printable(images.items[longest].path)
-        say(
-            self.console,
-            f"note: the longest caption has {inner + lost[longest]} tokens ({path}); captions are "
-            f"encoded in {windows} windows of {words.tokens}",
-        )
-        most = (windows - 1) * inner
-        cut = [index for index in lost if lost[index] > most]
-        if cut:
-            names = first_few(
-                cut, lambda index: f"{printable(images.items[index].path)} by {lost[index] - most}"
-            )
-            say(
-                self.console,
-                f"note: captions with more than the {windows * inner} tokens that the model reads, "
-                f"whose ends are cut off ({len(cut)}): {', '.join(names)}",
-            )

@@ -21,7 +21,7 @@ from eri.run.objective import Objective
 from eri.run.plan import RunPlan
 from eri.run.preview import Painter, Previews
 from eri.run.samples import Samples, micro_batches, texts_drawn, texts_of
-from eri.train import OPTIMIZERS, TrainState, say
+from eri.train import OPTIMIZERS, TrainState
 
 __all__ = ["Encoded", "Parts", "build", "encode"]
 
@@ -71,9 +71,6 @@ def encode(config: Config, plan: RunPlan, images: Images, encoder: Encoder) -> E
             reader.guide(prompt, config.sample.negative, weighted=weighted)
             for prompt, weighted in plan.prompts
         ]
-        note = reader.words.clip_skip_note
-    if note:
-        say(encoder.console, f"note: {note}")
     return Encoded(samples, validation, prompts, vae)
 
 

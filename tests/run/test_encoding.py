@@ -137,31 +137,12 @@ def test_a_caption_as_prompt_may_be_literal_and_a_negative_prompt_never_is(
     torch.testing.assert_close(torch.stack([one.context for one in found]), expected)
 
 
-def test_a_caption_that_is_too_long_is_told(config: Config, screen: Screen) -> None:
-    (config.data[0].path / "0.txt").write_text("a " * 230)
-    samples = encoded(*look(config, screen), screen)
-    assert "cut off (1): " in screen.text
-    assert "0.png by 5" in screen.text
-    assert "more than the 225 tokens that the model reads" in screen.text
-    assert samples.windows == 3
-
-
-def test_one_long_caption_makes_all_of_them_long(config: Config, screen: Screen) -> None:
-    (config.data[0].path / "0.txt").write_text("a " * 80)
-    samples = encoded(*look(config, screen), screen)
-    assert {sample.context.shape for sample in samples} == {(154, 32)}
-    assert "note: the longest caption has 80 tokens (" in screen.text
-    assert "0.png); captions are encoded in 2 windows of 77" in screen.text
-    assert "cut off" not in screen.text
-
-
 def test_held_out_captions_are_read_as_those_of_training_or_longer(
     config: Config, screen: Screen
 ) -> None:
     facts, images = look(config, screen)
     assert encoded(facts, images, screen).windows == 1
     assert encoded(facts, images, screen, windows=2)[0].context.shape == (154, 32)
-    assert "longest caption" not in screen.text
     assert encoded(facts, ImageSet(), screen, windows=2).windows == 2
 
 

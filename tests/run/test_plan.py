@@ -32,7 +32,17 @@ def test_the_plan_is_short_and_says_what_a_run_will_take(
     assert planned.loop.steps == 500
     lines = planned.lines
     assert len(lines) <= 25
-    heads = ["model", "images", "training", "prediction", "device", "memory", "cache", "time"]
+    heads = [
+        "model",
+        "vae",
+        "images",
+        "training",
+        "prediction",
+        "device",
+        "memory",
+        "cache",
+        "time",
+    ]
     heads += ["output"]
     assert [line.split()[0] for line in lines if not line.startswith(" ")] == heads
     assert "         64x64            4         4        2   0.0%, 0.0%" in lines

@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import pytest
+
+from eri.config import DataSource
+from eri.data import Item, Shape
+from eri.models import load_text
+from eri.models.text import TextEncoder
+from eri.run.image_set import ImageSet
+from eri.run.lengths import length_notes
+
+
+def images(*captions: str, **rules: object) -> ImageSet:
+    items = tuple(
+        Item(path=Path(f"{n}.png"), captions=(text,), width=64, height=64, sha256="00", source=0)
+        for n, text in enumerate(captions)
+    )
+    source = DataSource.model_validate({"path": "a", "caption": rules})
+    return ImageSet(items, (Shape(64, 64),) * len(items), (source,), 64)
+
+
+@pytest.fixture
+def words(sd15: Path) -> TextEncoder:
+    return load_text(sd15, device="meta")
+
+
+def test_captions_of_one_window_need_no_word(words: TextEncoder) -> None:
+    assert length_notes(images("a " * 75, "short"), words) == []
+    assert length_notes(ImageSet(), words) == []
+
+
+def test_one_long_caption_makes_all_of_them_long(words: TextEncoder) -> None:
+    assert length_notes(images("short", "a " * 80), words) == [
+        "the longest caption has 80 tokens (1.png); captions are encoded in 2 windows of 77"
+    ]
+
+
+def test_a_caption_that_is_too_long_is_told(words: TextEncoder) -> None:
+    first, second = length_notes(images("a " * 230, "a " * 225, "a " * 226), words)
+    assert first.startswith("the longest caption has 230 tokens (0.png); captions are encoded in 3")
+    assert second == (
+        "captions with more than the 225 tokens that the model reads, whose ends are cut off (2): "
+        "0.png by 5, 2.png by 1"
+    )
+
+
+def test_it_is_the_caption_with_its_rules_that_counts(words: TextEncoder) -> None:
+    assert length_notes(images("a " * 70, prefix="a " * 10), words)
+    assert not length_notes(images("(" * 20 + "a " * 50 + ":1.2)" * 20, weights=True), words)
+    assert length_notes(images("(" * 20 + "a " * 50 + ":1.2)" * 20), words)
