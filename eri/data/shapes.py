@@ -18,6 +18,7 @@ from typing import NamedTuple
 from eri.config import DataSource
 from eri.data.folder import Item
 from eri.data.listing import note
+from eri.errors import ConfigError
 
 __all__ = ["Assignment", "Shape", "assign", "covering", "crop_loss", "shapes"]
 
@@ -104,12 +105,23 @@ def assign(
         resolutions: for each source, the side of the square that gives the area.
         step: what every side is a multiple of.
         batch_size: images in a batch; shapes with fewer may be joined to others.
+
+    Raises:
+        ConfigError: a resolution that no shape has.
     """
+    for resolution in resolutions:
+        if resolution < step:
+            what = f"the resolution is {resolution} pixels, and the model needs {step} at least"
+            raise ConfigError(what, where="data.resolution")
     own = [
         _choose(item, resolutions[item.source], step, upscale=sources[item.source].upscale)
         for item in items
     ]
-    chosen = _joined(items, own, [sources[item.source].repeats for item in items], batch_size)
+    members = [
+        _Member(item, shape, resolutions[item.source] ** 2, sources[item.source].repeats)
+        for item, shape in zip(items, own, strict=True)
+    ]
+    chosen = _joined(members, batch_size)
     small, enlarged = [], []
     for item, shape in zip(items, own, strict=True):
         if not _holds(item, shape):
@@ -159,42 +171,50 @@ def _nearest(item: Item, candidates: Sequence[Shape]) -> Shape:
     return min(candidates, key=distance)
 
 
-def _joined(
-    items: Sequence[Item], own: Sequence[Shape], repeats: Sequence[int], batch_size: int
-) -> list[Shape]:
+class _Member(NamedTuple):
+    """An image that may join its neighbours."""
+
+    item: Item
+    own: Shape  # that it would take alone
+    most: int  # pixels of a shape, as its resolution says
+    repeats: int
+
+    def joins(self, shape: Shape) -> bool:
+        """Whether it may take a shape: of little less area, and cutting little more off it."""
+        width, height = self.item.width, self.item.height
+        more = crop_loss(width, height, shape) - crop_loss(width, height, self.own)
+        return (
+            LEAST_AREA * self.own.area <= shape.area <= self.most
+            and more <= MAX_LOSS
+            and _holds(self.item, shape)
+        )
+
+
+def _joined(members: Sequence[_Member], batch_size: int) -> list[Shape]:
     """The shapes after those that do not hold a batch joined others, the smallest first."""
-    members: defaultdict[Shape, list[int]] = defaultdict(list)
-    for index, shape in enumerate(own):
-        members[shape].append(index)
+    buckets: defaultdict[Shape, list[int]] = defaultdict(list)
+    for index, member in enumerate(members):
+        buckets[member.own].append(index)
 
     def showings(shape: Shape) -> int:
-        return sum(repeats[index] for index in members[shape])
+        return sum(members[index].repeats for index in buckets[shape])
 
-    for shape in sorted(members, key=lambda shape: (showings(shape), shape)):
-        most = max(repeats[index] for index in members[shape])
-        if showings(shape) >= batch_size * most:
+    for shape in sorted(buckets, key=lambda shape: (showings(shape), shape)):
+        few = [members[index] for index in buckets[shape]]
+        if showings(shape) >= batch_size * max(member.repeats for member in few):
             continue
-        images = [items[index] for index in members[shape]]
-        neighbour = _neighbour(images, shape, [other for other in members if other != shape])
+        neighbour = _neighbour(few, [other for other in buckets if other != shape])
         if neighbour is not None:
-            members[neighbour] += members.pop(shape)
-    chosen = list(own)
-    for shape, indices in members.items():
-        for index in indices:
-            chosen[index] = shape
-    return chosen
+            buckets[neighbour] += buckets.pop(shape)
+    chosen = {index: shape for shape, indices in buckets.items() for index in indices}
+    return [chosen[index] for index in range(len(members))]
 
 
-def _neighbour(images: Sequence[Item], shape: Shape, others: Sequence[Shape]) -> Shape | None:
-    """The shape in use that cuts least off these images, if that is little more than their own."""
+def _neighbour(few: Sequence[_Member], others: Sequence[Shape]) -> Shape | None:
+    """The shape in use that all of these images may take and that cuts least off them."""
 
-    def loss(image: Item, other: Shape) -> Fraction:
-        return crop_loss(image.width, image.height, other)
+    def loss(other: Shape) -> Fraction:
+        return max(crop_loss(one.item.width, one.item.height, other) for one in few)
 
-    worst = {
-        other: max(loss(image, other) - loss(image, shape) for image in images)
-        for other in others
-        if other.area >= LEAST_AREA * shape.area and all(_holds(image, other) for image in images)
-    }
-    best = min(worst, key=lambda other: (worst[other], other), default=None)
-    return best if best is not None and worst[best] <= MAX_LOSS else None
+    fitting = [other for other in others if all(one.joins(other) for one in few)]
+    return min(fitting, key=lambda other: (loss(other), other), default=None)

@@ -6,7 +6,8 @@ import pytest
 
 from eri.config import DataSource
 from eri.data.folder import Item
-from eri.data.shapes import Assignment, Shape, assign, shapes
+from eri.data.shapes import Assignment, Shape, assign, crop_loss, shapes
+from eri.errors import ConfigError
 
 SOURCES = (DataSource(path=Path("a")), DataSource(path=Path("b")))
 
@@ -148,3 +149,39 @@ def test_repeats_can_fill_a_batch() -> None:
 def test_no_image_joins_a_much_smaller_resolution() -> None:
     found = placed([item(256, 256)] * 4 + [item(512, 512)], batch_size=4)
     assert found.joined == 0
+
+
+def test_no_image_joins_a_larger_resolution_than_its_folder_has() -> None:
+    sources = [DataSource(path=Path("a")), DataSource(path=Path("b"))]
+    items = [*SQUARES, *SQUARES, item(2000, 2000, source=1)]
+    found = assign(items, sources, [1024, 512], step=64, batch_size=4)
+    assert found.shapes[-1] == (512, 512)
+    other = assign(
+        [*SQUARES[:1], *[item(2000, 2000, source=1)] * 3],
+        sources,
+        [1024, 512],
+        step=64,
+        batch_size=4,
+    )
+    assert other.shapes == ((1024, 1024), *[(512, 512)] * 3)
+
+
+@pytest.mark.parametrize("resolution", [512, 768, 1024, 1280])
+@pytest.mark.parametrize("step", [32, 64])
+def test_joining_never_costs_an_image_more_than_the_limit(resolution: int, step: int) -> None:
+    rng = random.Random(resolution)
+    sources = [DataSource(path=Path("a"))]
+    for _ in range(20):
+        sizes = [(rng.randint(400, 6000), rng.randint(400, 6000)) for _ in range(12)]
+        items = [item(*size) for size in sizes]
+        own = assign(items, sources, [resolution], step=step).shapes
+        joined = assign(items, sources, [resolution], step=step, batch_size=6)
+        for (width, height), alone, shape in zip(sizes, own, joined.shapes, strict=True):
+            more = crop_loss(width, height, shape) - crop_loss(width, height, alone)
+            assert more <= 0.05
+            assert 0.8 * alone.area <= shape.area <= resolution**2
+
+
+def test_a_resolution_that_the_model_cannot_have_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is 64 pixels, and the model needs 128 at least"):
+        assign([item(200, 200)], SOURCES, [64, 512], step=128)
