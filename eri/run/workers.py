@@ -11,11 +11,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import active_children, parent_process, resource_tracker
+from multiprocessing import active_children, parent_process, queues, resource_tracker
 from multiprocessing.connection import wait
+from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -66,6 +67,22 @@ class Source(Dataset[Read]):
             return error  # raised here, the other side would get a traceback in its place
 
 
+class _KeepsQueues(SpawnContext):
+    """Spawn, whose queues stay until this process exits.
+
+    Else the last to let go of one may be the daemon thread that feeds it, after PyTorch closed it.
+    If Python exits between that thread's two steps, to unlink a semaphore and to tell the resource
+    tracker, the tracker unlinks it again and warns. At exit, the main thread takes both steps.
+    """
+
+    kept: ClassVar[list[object]] = []
+
+    def Queue(self, maxsize: int = 0) -> "queues.Queue[Any]":  # noqa: N802
+        queue = super().Queue(maxsize)
+        self.kept.append(queue)
+        return queue
+
+
 class WorkerDied(Exception):  # noqa: N818 - the run goes on
     """A worker died; tells of what."""
 
@@ -93,7 +110,7 @@ class Workers:
             num_workers=count,
             collate_fn=_as_it_is,
             pin_memory=pin,
-            multiprocessing_context="spawn",
+            multiprocessing_context=_KeepsQueues(),
             prefetch_factor=AHEAD,
             worker_init_fn=_end_with_parent,
             generator=torch.Generator(),  # its seed for the workers: else it draws from PyTorch's

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing import synchronize
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from eri.run import loader as loader_module
 from eri.run import workers
 from eri.run.loader import Loader
 from eri.run.micro_batch import Sample, SampleBatch
-from eri.run.workers import fits_shared_memory, worker_count
+from eri.run.workers import Source, Workers, fits_shared_memory, worker_count
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("diffusers", "transformers", "eri.models", "torch._dynamo")
@@ -203,6 +204,48 @@ def test_a_system_without_room_for_processes_is_told(monkeypatch: pytest.MonkeyP
         loader(0)
     assert failed.value.hint == "set train.workers: 0"
     assert signal.getsignal(signal.SIGCHLD) is handler
+
+
+class Slow:
+    """A message that a queue's thread has in hand until it is let go."""
+
+    def __init__(self) -> None:
+        self.goes = threading.Event()
+
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        assert self.goes.wait(20)
+        return object, ()
+
+
+def test_no_thread_takes_down_semaphores(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = Slow()
+    unlinked: list[threading.Thread] = []
+
+    class Queueing:
+        """Stands for PyTorch's: drops a queue that a thread still feeds."""
+
+        def __init__(self, source, *, multiprocessing_context, **_) -> None:
+            self.context = multiprocessing_context
+
+        def __iter__(self):
+            queue = self.context.Queue()
+            queue.put(message)
+            queue.cancel_join_thread()
+            queue.close()
+            return iter(())
+
+    def unlink(name: str) -> None:
+        unlinked.append(threading.current_thread())
+        synchronize._multiprocessing.sem_unlink(name)
+
+    monkeypatch.setattr(workers, "DataLoader", Queueing)
+    monkeypatch.setattr(synchronize, "sem_unlink", unlink)
+    before = threading.enumerate()
+    Workers(Source(batches), range(9), count=1, pin=False).end()
+    (feeds,) = set(threading.enumerate()) - set(before)
+    message.goes.set()
+    feeds.join()
+    assert feeds not in unlinked
 
 
 def test_auto_is_two_workers_with_a_gpu() -> None:
