@@ -24,7 +24,8 @@ on the command line: `eri train my.yaml --set train.lr=2e-4`. Unknown keys are r
 line and the nearest known key. Paths are relative to the current folder. A run keeps all of its
 settings, each below what it means, in `config.yaml` in its folder.
 
-Written by `scripts/write_config_reference.py` from `eri/config/schema.py`; change it there.
+Written by `scripts/write_config_reference.py` from the settings in
+`eri/config/schema.py` and `eri/config/sources.py`; change them there.
 
 | key | what is allowed | default | what it means |
 |---|---|---|---|

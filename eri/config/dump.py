@@ -102,14 +102,21 @@ def trajectory(config: Config) -> dict[str, Any]:
 
     Where the results go, what is saved and drawn, how many steps are taken, what is measured on and
     what reads ahead are left out: a run may be continued with other ones. So is what only decides
-    whether an image can be used: which were used is known.
+    whether an image can be used, or what it is laid on: which images were used is known, and how
+    they look. Numbers that go with a setting are left out where that is off.
     """
     content = config.model_dump(mode="json", exclude={"output", "save", "sample"})
     for name in ("steps", "workers"):
         del content["train"][name]
-    for source in content["data"]:
-        for name in ("validation", "on_bad", "missing_caption", "max_megapixels"):
-            del source[name]
+    for source, written in zip(config.data, content["data"], strict=True):
+        for name in ("validation", "on_bad", "missing_caption", "max_megapixels", "background"):
+            del written[name]
+        if not source.varies:
+            del written["variants"]
+        if source.mask == "none":
+            del written["unmasked_weight"]
+        if not source.caption.varies:
+            del written["caption"]["variants"]
     return dict(_flat("", content))
 
 

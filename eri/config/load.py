@@ -4,6 +4,7 @@ import logging
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -130,11 +131,11 @@ def _override(document: Document, settings: dict[str, object], override: str) ->
     where = f"--set {printable(key)}"
     changed = parse(text, lambda line, column: where)
     named: KeyPath = tuple(key.split("."))
-    path = _put(settings, named, changed.value)
-    if path is None:
-        what = f"{printable(key)} stands below a value that is not a mapping"
+    try:
+        path = _put(settings, named, changed.value)
+    except ConfigError as error:
         document.places[named] = where
-        document.problems[named] = Problem(where=where, what=what, hint="set the whole value")
+        document.problems[named] = Problem(where=where, what=error.what, hint=error.hint)
         return
     for table in (document.places, document.problems):
         for below in [known for known in table if known[: len(path)] == path]:
@@ -147,21 +148,59 @@ def _override(document: Document, settings: dict[str, object], override: str) ->
     document.commented += [path + below for below in changed.commented]
 
 
-def _put(settings: dict[str, object], path: KeyPath, value: object) -> KeyPath | None:
-    """Set a value, below short forms and an only list item as well; the path that it then has."""
+def _put(settings: dict[str, object], path: KeyPath, value: object) -> KeyPath:
+    """Set a value, below short forms and in lists as well; the path that it then has.
+
+    Raises:
+        ConfigError: there is no such place.
+    """
+    group: Any = settings
     reached: KeyPath = ()
-    for key in map(str, path[:-1]):
-        below = settings.setdefault(key, {})
+    for number in range(len(path)):
+        *items, key = _steps(group, reached, path[number:])
+        for item in items:
+            group = group[item]
+        reached = (*reached, *items, key)
+        if number == len(path) - 1:
+            group[key] = value
+        else:
+            group = _group_below(group, key)
+    return reached
+
+
+def _steps(group: object, reached: KeyPath, rest: KeyPath) -> KeyPath:
+    """Where the first key of the rest leads: into a mapping, or a list, by its index.
+
+    The index of an only item goes without saying.
+    """
+    name, key = _dotted(*reached, *rest), str(rest[0])
+    if isinstance(group, dict):
+        return (key,)
+    if not isinstance(group, list):
+        what = f"{name} stands below a value that is not a mapping"
+        raise ConfigError(what, hint="set the whole value")
+    indices = {str(index): index for index in range(len(group))}
+    if key in indices:
+        return (indices[key],)
+    if len(group) == 1 and not key.isdecimal():
+        return (0, *_steps(group[0], (*reached, 0), rest))
+    thing = "folder" if reached == ("data",) else "item"
+    count = f"is 1 {thing}" if len(group) == 1 else f"are {len(group)} {thing}s"
+    named = _dotted(*reached, 0, *rest[key.isdecimal() :])
+    raise ConfigError(f"{name}: there {count}; name one, as {named}", hint="they count from 0")
+
+
+def _group_below(group: Any, key: str | int) -> object:
+    """What a key holds: a group, also where there was a short form of one, or nothing."""
+    if isinstance(group, dict):
+        below = group.setdefault(key, {})
         if isinstance(below, str) and key in SHORT_FORMS:
-            below = settings[key] = SHORT_FORMS[key](below)
-        reached = (*reached, key)
-        if isinstance(below, list) and len(below) == 1:  # of several, which one is not said
-            below, reached = below[0], (*reached, 0)
-        if not isinstance(below, dict):
-            return None
-        settings = below
-    settings[str(path[-1])] = value
-    return (*reached, path[-1])
+            group[key] = SHORT_FORMS[key](below)
+    return group[key]
+
+
+def _dotted(*path: str | int) -> str:
+    return printable(".".join(map(str, path)))
 
 
 def _warn_of_comments(document: Document) -> None:

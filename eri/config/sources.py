@@ -57,6 +57,11 @@ class CaptionRules(Section):
         description="whether (a cat:1.2) in a caption is a weight, as in the UIs, or just text",
     )
 
+    @property
+    def varies(self) -> bool:
+        """Whether chance makes several texts of one caption."""
+        return self.wildcards or self.shuffle_tags or self.drop_tags > 0
+
 
 class DataSource(Section):
     """A folder of images with their captions."""
@@ -138,3 +143,8 @@ class DataSource(Section):
         "kept once",
     )
     caption: CaptionRules = Field(default=CaptionRules(), description="how captions are used")
+
+    @property
+    def varies(self) -> bool:
+        """Whether chance makes several versions of one image, which may be mirrored besides."""
+        return self.crop_jitter > 0 or self.color > 0

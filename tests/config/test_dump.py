@@ -108,6 +108,42 @@ def test_the_trajectory_is_what_changes_the_numbers() -> None:
     assert trajectory(same) == before
 
 
+NUMBERS = {
+    "background": ({}, {}),  # of each image it is in the fingerprint of the images
+    "variants": ({}, {"color": 0.1}),
+    "unmasked_weight": ({}, {"mask": "alpha"}),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_counts_only_where_what_it_goes_with_is_on(name: str) -> None:
+    value = {"background": "#000000", "variants": 7, "unmasked_weight": 0.5}[name]
+    for rules in NUMBERS[name]:
+        before, after = (
+            trajectory(config(data=[{"path": "photos", **rules, **more}]))
+            for more in ({}, {name: value})
+        )
+        assert (before == after) == (not rules)
+
+
+@pytest.mark.parametrize(
+    ("rules", "same"),
+    [
+        ({}, True),
+        ({"drop": 0.5, "lines": True}, True),
+        ({"wildcards": True}, False),
+        ({"shuffle_tags": True}, False),
+        ({"drop_tags": 0.1}, False),
+    ],
+)
+def test_variants_of_captions_count_where_chance_makes_some(rules: dict, same: bool) -> None:
+    few, many = (
+        trajectory(config(data=[{"path": "photos", "caption": {**rules, "variants": count}}]))
+        for count in (2, 3)
+    )
+    assert (few == many) == same
+
+
 @pytest.mark.parametrize(
     "change",
     [

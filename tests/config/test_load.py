@@ -340,5 +340,20 @@ def test_an_override_reaches_below_a_short_form(tmp_path: Path, data: str) -> No
 def test_of_several_folders_an_override_does_not_choose(tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
     path.write_text("model: demo\ndata: [{path: a}, {path: b}]\n")
-    with pytest.raises(ConfigError, match="stands below a value that is not a mapping"):
+    with pytest.raises(ConfigError, match=r"data\.flip: there are 2 folders; name one, as data\.0"):
         load_config(path, ["data.flip=true"])
+    with pytest.raises(ConfigError, match=r"data\.2\.flip: there are 2 folders; .* data\.0\.flip"):
+        load_config(path, ["data.2.flip=true"])
+    config = load_config(path, ["data.1.flip=true", "data.0.caption.trigger=ohwx"])
+    assert [source.flip for source in config.data] == [False, True]
+    assert config.data[0].caption.trigger == "ohwx"
+    assert load_config(path, ["data.1={path: c}"]).data[1].path == Path("c")
+
+
+@pytest.mark.parametrize("data", ["a", "[{path: a}]"])
+def test_an_only_folder_has_a_number_too(tmp_path: Path, data: str) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(f"model: demo\ndata: {data}\n")
+    assert load_config(path, ["data.0.flip=true"]).data[0].flip
+    with pytest.raises(ConfigError, match=r"there is 1 folder; name one, as data\.0\.flip"):
+        load_config(path, ["data.1.flip=true"])
