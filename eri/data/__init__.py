@@ -3,8 +3,9 @@
 from eri.data.batches import Batch, Batches
 from eri.data.cache import Encode, Encoded, Latent, Latents, cache_latents
 from eri.data.cuts import PLAIN, Cut, Geometry, View, fit, geometry, size_ids, views
-from eri.data.folder import Dataset, Item, Mask, Progress, scan
+from eri.data.folder import scan
 from eri.data.images import Decoded, decode
+from eri.data.items import Dataset, Item, Mask, Progress
 from eri.data.listing import note
 from eri.data.rendering import caption_of, has_unset_trigger, plain_caption
 from eri.data.shapes import Assignment, Shape, assign, shapes

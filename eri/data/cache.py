@@ -17,7 +17,7 @@ from torch import Tensor
 from eri.data.ahead import ahead
 from eri.data.cuts import Cut, fit
 from eri.data.entries import key, read_entry, sweep_unfinished, write_entry
-from eri.data.images import decode_open, hashed, pillow_warnings_ignored
+from eri.data.images import decode_open, hashed_as, pillow_warnings_ignored
 from eri.data.items import Progress
 from eri.data.mask_cache import cache_masks, mask_in
 from eri.data.shapes import Shape
@@ -185,13 +185,9 @@ def _by_image(cuts: Iterable[Cut]) -> Iterator[list[Cut]]:
 def _cut(cuts: Sequence[Cut]) -> list[tuple[Cut, Tensor]]:
     """Some cuts of one image with their pixels: uint8 [3, H, W]."""
     item = cuts[0].item
-    with hashed(item.path) as file:
-        if file.sha256 != item.sha256:
-            what, hint = "the file changed while the images were prepared", "run the command again"
-            raise DataError(what, where=printable(item.path), hint=hint)
+    with hashed_as(item.path, item.sha256) as file:
         pixels = item.width * item.height
-        background = item.background or "#ffffff"  # nothing of an opaque one shows it
-        image = decode_open(file, pixel_cap=pixels, background=background).image
+        image = decode_open(file, pixel_cap=pixels, background=item.background).image
     return [(cut, fit(image, cut.shape, cut.view)) for cut in cuts]
 
 

@@ -5,25 +5,26 @@ told at once. What was decoded before is hashed only.
 """
 
 import os
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from eri.config import DataSource
+from eri.data.ahead import ahead
 from eri.data.checked import Checks
 from eri.data.checking import Checked, Task, check
 from eri.data.images import pillow_warnings_ignored
-from eri.data.items import Dataset, Fault, Item, Mask, Progress
+from eri.data.items import Dataset, Fault, Item, Progress, Thing
 from eri.data.listing import FOLDER_HINT, ByName, Listing, list_folder, note
 from eri.data.tables import Row, read_table
 from eri.errors import DataError
 from eri.printable import printable
 
-__all__ = ["Dataset", "Item", "Mask", "Progress", "scan"]
+__all__ = ["scan"]
 
-MAX_WORKERS = 4  # threads; Pillow lets go of the interpreter while it decodes
+MAX_THREADS = 4  # Pillow lets go of the interpreter while it decodes
 AHEAD = 16  # files that a thread may be ahead of the first one that is not done
 
 ORIGINS = {
@@ -37,27 +38,46 @@ ORIGINS = {
 }
 """Where captions are from, in the words and the order in which they are counted."""
 
+WORDS: dict[Thing, tuple[str, str]] = {
+    "row": ("row of a caption table", "rows of caption tables"),
+    "table": ("caption table", "caption tables"),
+    "folder": ("folder", "folders"),
+}
+"""What cannot be used besides images, in the order in which it is counted: one, and several."""
+
 
 @dataclass(kw_only=True)
 class _Report:
     """What is gathered while files are checked."""
 
     items: list[Item] = field(default_factory=list)
-    fatal: list[Fault] = field(default_factory=list)
-    skipped: list[Fault] = field(default_factory=list)
-    refused: int = 0  # images with a fault
+    images: set[Path] = field(default_factory=set)  # all that were found
+    fatal: defaultdict[int, list[Fault]] = field(default_factory=lambda: defaultdict(list))
+    skipped: defaultdict[int, list[Fault]] = field(default_factory=lambda: defaultdict(list))
+    unusable: set[Path] = field(default_factory=set)  # images with a fatal fault
     notes: list[str] = field(default_factory=list)
     origins: defaultdict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     remarks: defaultdict[str, list[Path]] = field(default_factory=lambda: defaultdict(list))
 
-    def add_faults(self, faults: Sequence[Fault], source: DataSource) -> None:
-        for fault in faults:
-            skip = fault.skippable and source.on_bad == "skip"
-            (self.skipped if skip else self.fatal).append(fault)
+    def add_fault(self, fault: Fault, source: DataSource, index: int) -> bool:
+        """Keeps what is wrong, by the source's index; returns whether it stops the run."""
+        fatal = not (fault.skippable and source.on_bad == "skip")
+        (self.fatal if fatal else self.skipped)[index].append(fault)
+        return fatal
+
+    def add_listing(self, listing: Listing, source: DataSource, index: int) -> None:
+        self.notes += listing.notes
+        self.images.update(candidate.path for candidate in listing.candidates)
+        for fault in listing.refused:
+            fatal = self.add_fault(fault, source, index)
+            if fault.thing == "image":
+                self.images.add(fault.path)
+                self.unusable.update([fault.path] if fatal else [])
 
     def add(self, task: Task, checked: Checked) -> None:
-        self.add_faults(checked.faults, task.source)
-        self.refused += bool(checked.faults)
+        fatal = [self.add_fault(fault, task.source, task.index) for fault in checked.faults]
+        if any(fatal):
+            self.unusable.add(task.candidate.path)
         for text, path in checked.remarks:
             self.remarks[text].append(path)
         if checked.item is not None:
@@ -79,17 +99,12 @@ def scan(sources: Sequence[DataSource], *, progress: Progress | None = None) -> 
     report = _Report()
     tasks: list[Task] = []
     for index, (source, listing) in enumerate(zip(sources, _list_folders(sources), strict=True)):
-        report.add_faults(listing.refused, source)
-        report.refused += len(listing.refused)
-        report.notes += listing.notes
+        report.add_listing(listing, source, index)
         tasks += _tasks(source, index, listing, report)
-    for done, (task, checked) in enumerate(zip(tasks, _checked(tasks), strict=True), start=1):
-        report.add(task, checked)
-        if progress is not None:
-            progress(done, len(tasks))
+    _check(tasks, report, progress)
     notes = _notes(sources, report)
     _refuse(sources, report, notes)
-    skipped = tuple(_lines(report.skipped))
+    skipped = tuple(_lines([fault for faults in report.skipped.values() for fault in faults]))
     return Dataset(items=tuple(report.items), skipped=skipped, notes=tuple(notes))
 
 
@@ -120,7 +135,7 @@ def _tasks(source: DataSource, index: int, listing: Listing, report: _Report) ->
         silent = True
         for row in read_table(table):
             if isinstance(row, Fault):
-                report.add_faults([row], source)
+                report.add_fault(row, source, index)
                 continue
             silent = silent and not row.texts
             named = images.find(row.image)
@@ -136,52 +151,62 @@ def _tasks(source: DataSource, index: int, listing: Listing, report: _Report) ->
         yield Task(candidate=candidate, rows=beside, source=source, index=index)
 
 
-def _checked(tasks: Sequence[Task]) -> Iterator[Checked]:
-    """What comes of each task, in their order, checked by several threads."""
-    workers = min(MAX_WORKERS, os.cpu_count() or 1)
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="check")
-    with pillow_warnings_ignored(), Checks() as checks:
-        try:
-            yield from _in_turn(pool, tasks, checks, workers * AHEAD)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _in_turn(
-    pool: ThreadPoolExecutor, tasks: Sequence[Task], checks: Checks, ahead: int
-) -> Iterator[Checked]:
-    waiting: deque[Future[Checked]] = deque()
-    for task in tasks:
-        waiting.append(pool.submit(check, task, checks))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+def _check(tasks: Sequence[Task], report: _Report, progress: Progress | None) -> None:
+    """Checks images, in several threads, and reports them in their order."""
+    threads = min(MAX_THREADS, os.cpu_count() or 1)
+    with (
+        pillow_warnings_ignored(),
+        Checks() as checks,
+        ahead(partial(check, checks=checks), tasks, threads=threads, depth=threads * AHEAD) as all_,
+    ):
+        for done, (task, checked) in enumerate(zip(tasks, all_, strict=True), start=1):
+            report.add(task, checked)
+            if progress is not None:
+                progress(done, len(tasks))
 
 
 def _refuse(sources: Sequence[DataSource], report: _Report, notes: Sequence[str]) -> None:
     """Stops if a file has a fault that may not be skipped, or a source has no item left."""
+    used = {item.source for item in report.items}
+    emptied = [n for n in range(len(sources)) if n not in used and n not in report.fatal]
+    told = [line for n in emptied for line in (_emptied(sources[n]), *_lines(report.skipped[n]))]
     if report.fatal:
-        count = report.refused + len(report.items)
-        what = f"{report.refused} of {count} images cannot be used"
-        if not report.refused:
-            what = f"{len(report.fatal)} rows of caption tables cannot be used"
+        faults = [fault for faults in report.fatal.values() for fault in faults]
         raise DataError(
-            what,
-            where=", ".join(printable(source.path) for source in sources),
+            _unusable(report, faults),
+            where=_where(sources, [*report.fatal, *emptied]),
             hint="mend or remove them, or set on_bad: skip for files that cannot be read and "
             "missing_caption: empty or filename for images without a caption",
-            problems=(*_lines(report.fatal), *(f"note: {line}" for line in notes)),
+            problems=(*_lines(faults), *told, *(f"note: {line}" for line in notes)),
         )
-    used = {item.source for item in report.items}
-    for index, source in enumerate(sources):
-        if index not in used:
-            raise DataError(
-                "no image is left; every one was skipped",
-                where=printable(source.path),
-                hint="mend the files, or name another folder",
-                problems=_lines(report.skipped),
-            )
+    if emptied:
+        raise DataError(
+            "no image is left; every one was skipped",
+            where=_where(sources, emptied),
+            hint="mend the files, or name another folder",
+            problems=told if len(emptied) > 1 else told[1:],
+        )
+
+
+def _emptied(source: DataSource) -> str:
+    return f"{printable(source.path)}: no image is left; every one was skipped"
+
+
+def _where(sources: Sequence[DataSource], indices: Sequence[int]) -> str:
+    """The folders of some sources, each once."""
+    return ", ".join(dict.fromkeys(printable(sources[n].path) for n in sorted(indices)))
+
+
+def _unusable(report: _Report, faults: Sequence[Fault]) -> str:
+    """How many images, rows, tables and folders cannot be used."""
+    bad, total = len(report.unusable), len(report.images)
+    parts = [f"{bad} of {total} image{'' if total == 1 else 's'}"] if bad else []
+    others = Counter(fault.thing for fault in set(faults))
+    for thing, (one, several) in WORDS.items():
+        count = others[thing]
+        parts += [f"{count} {one if count == 1 else several}"] if count else []
+    *first, last = parts
+    return f"{', '.join(first)}{' and ' if first else ''}{last} cannot be used"
 
 
 def _lines(faults: Sequence[Fault]) -> list[str]:

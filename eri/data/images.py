@@ -32,7 +32,9 @@ __all__ = [
     "alpha_of",
     "decode",
     "decode_open",
+    "format_of",
     "hashed",
+    "hashed_as",
     "open_regular",
     "pillow_warnings_ignored",
     "too_large",
@@ -43,6 +45,7 @@ Result = TypeVar("Result")
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
 """Pillow's readers that may see a file; it has many more, some of which start other programs."""
 
+HEAD = 512  # bytes that show what a file is
 ANEW = "copy it again, or save it anew"
 WHITE = "#ffffff"
 LARGE = 25_000_000  # pixels; with its copies such an image takes a gigabyte
@@ -66,8 +69,15 @@ DISGUISES = (
 """What a file is instead of an image, by how it begins in lower case."""
 
 
-BEGINNINGS = (b"\xff\xd8\xff", b"\x89png", b"gif8", b"riff", b"ii*\0", b"mm\0*")
-"""How files of the known formats begin, in lower case."""
+BEGINNINGS = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG": "PNG",
+    b"GIF8": "GIF",
+    b"RIFF": "WEBP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+}
+"""How files of the known formats begin; of AVIF and BMP, it is not the first bytes alone."""
 
 
 class UnsupportedError(ValueError):
@@ -100,13 +110,13 @@ class Decoded(NamedTuple):
     invisible: bool
 
 
-def decode(path: Path, *, pixel_cap: int, background: str = WHITE) -> Decoded:
+def decode(path: Path, *, pixel_cap: int, background: str | None = None) -> Decoded:
     """Reads an image file to the last pixel; of an animation, the first frame.
 
     Args:
         path: of the file.
         pixel_cap: the most pixels it may have; of a checked image, `width * height`.
-        background: what its transparent parts are laid on, "#rrggbb".
+        background: what its transparent parts are laid on, "#rrggbb"; white unless given.
 
     Raises:
         DataError: the file cannot be opened, is no image of a known format, is damaged, or has more
@@ -116,11 +126,11 @@ def decode(path: Path, *, pixel_cap: int, background: str = WHITE) -> Decoded:
         return decode_open(file, pixel_cap=pixel_cap, background=background)
 
 
-def decode_open(file: HashedFile, *, pixel_cap: int, background: str = WHITE) -> Decoded:
+def decode_open(file: HashedFile, *, pixel_cap: int, background: str | None = None) -> Decoded:
     """`decode` for a file that is open and hashed."""
 
     def use(image: Image.Image) -> Decoded:
-        pixels, (least, most) = _rgb(image, background)
+        pixels, (least, most) = _rgb(image, background or WHITE)
         return Decoded(pixels, file.sha256, least < 255, _frames(image), most == 0)
 
     return _read(file, pixel_cap, use)
@@ -149,6 +159,34 @@ def hashed(path: Path) -> Iterator[HashedFile]:
             what = f"cannot be read: {error.strerror}; copy it to another disk"
             raise DataError(what, where=printable(path)) from error
         yield HashedFile(path, stream, digest)
+
+
+@contextmanager
+def hashed_as(path: Path, sha256: str) -> Iterator[HashedFile]:
+    """`hashed` for a file that was checked before, when its bytes had this hash.
+
+    Raises:
+        DataError: as `hashed` does, and where the hash is another one now.
+    """
+    with hashed(path) as file:
+        if file.sha256 != sha256:
+            what, hint = "the file changed while the images were prepared", "run the command again"
+            raise DataError(what, where=printable(path), hint=hint)
+        yield file
+
+
+def format_of(path: Path) -> str | None:
+    """Which of the known formats a file begins like; None if none. Nothing is decoded.
+
+    Raises:
+        DataError: it cannot be opened or read; names the file.
+    """
+    with open_regular(path) as stream:
+        try:
+            return _begins_as(stream.read(HEAD))
+        except OSError as error:
+            what = f"cannot be read: {error.strerror}; copy it to another disk"
+            raise DataError(what, where=printable(path)) from error
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -299,9 +337,17 @@ def _from_cmyk(image: Image.Image) -> Image.Image:
     return converted or image.convert("RGB")
 
 
+def _begins_as(head: bytes) -> str | None:
+    if head[4:12] in {b"ftypavif", b"ftypavis"}:
+        return "AVIF"
+    if head[:2] == b"BM" and head[6:10] == bytes(4):  # its size between them, and nothing behind
+        return "BMP"
+    return next((kind for start, kind in BEGINNINGS.items() if head.startswith(start)), None)
+
+
 def _reason(stream: BufferedReader, error: Exception) -> str:
     stream.seek(0)
-    head = stream.read(512)
+    head = stream.read(HEAD)
     start = head.lower().lstrip(b"\xef\xbb\xbf \t\r\n")
     if not head:
         return "the file is empty; copy it again, or remove it"
@@ -309,7 +355,7 @@ def _reason(stream: BufferedReader, error: Exception) -> str:
         return "an HEIC image; save it as JPEG or PNG"
     if isinstance(error, Image.UnidentifiedImageError):
         what = f"not an image of a known format ({', '.join(FORMATS)}); save it as one of these"
-        if start.startswith(BEGINNINGS) or head[4:12] == b"ftypavif":
+        if _begins_as(head):
             what = f"damaged: its header cannot be read; {ANEW}"
         return next((meaning for begins, meaning in DISGUISES if start.startswith(begins)), what)
     if isinstance(error, MemoryError):

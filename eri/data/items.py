@@ -3,13 +3,18 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from eri.printable import printable
 
-__all__ = ["Dataset", "Fault", "Item", "Mask", "Progress"]
+__all__ = ["Dataset", "Fault", "Item", "Mask", "Progress", "Thing"]
 
 Progress = Callable[[int, int], None]
 """Called with what is done and the total."""
+
+Thing = Literal["image", "row", "table", "folder"]
+"""What a fault makes unusable: an image with what lies beside it, a row of a table of captions, a
+whole table or the rest of it, a folder in the folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,12 +65,14 @@ class Fault:
         what: the reason; the thing to do.
         line: of a file of many captions; 0 where it is about the whole file.
         skippable: whether `on_bad: skip` goes on without it.
+        thing: what cannot be used for it.
     """
 
     path: Path
     what: str
     line: int = 0
     skippable: bool = True
+    thing: Thing = "image"
 
     def __str__(self) -> str:
         line = f":{self.line}" if self.line else ""

@@ -1,18 +1,20 @@
 """What a folder holds, by the names in it: images with what lies beside them, and the rest.
 
-No file is opened here. Nothing is passed over silently: what is neither an image nor belongs to one
-is a fault or is named in a note.
+Names decide, and no file is opened but those that are named as images of other kinds: one that is a
+JPEG all the same is an image like others. Nothing is passed over silently: what is neither an image
+nor belongs to one is a fault or is named in a note.
 """
 
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from eri.data.captions import CAPTION_SUFFIXES
+from eri.data.images import format_of
 from eri.data.items import Fault
 from eri.data.tables import TABLE_NAMES
 from eri.errors import DataError
@@ -25,11 +27,13 @@ Thing = TypeVar("Thing")
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
 )
-FOREIGN_SUFFIXES = frozenset(
-    {".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".exr", ".hdr", ".ico", ".dng"}
-    | {".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}
+RAW_SUFFIXES = frozenset({".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"})
+"""Of raw photos. Most are TIFFs, of which a reader of TIFF sees a thumbnail only."""
+
+FOREIGN_SUFFIXES = RAW_SUFFIXES | frozenset(
+    {".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".tga", ".exr", ".hdr", ".ico"}
 )
-"""Images that this program does not read."""
+"""Of images that this program does not read."""
 
 MASK_ENDINGS = ("-masklabel.png", ".mask.png")
 """How the mask of an image is called behind the image's own stem; the first is OneTrainer's."""
@@ -96,26 +100,20 @@ def list_folder(top: Path) -> Listing:
     listing = Listing()
     images: list[Path] = []
     captions: list[Path] = []
-    masks: list[Path] = []
     others: list[Path] = []
     for path in _walk(top, listing):
         suffix = path.suffix.lower()
-        if path.name.lower().endswith(MASK_ENDINGS):
-            masks.append(path)
-        elif suffix in IMAGE_SUFFIXES:
+        if suffix in IMAGE_SUFFIXES or (suffix in FOREIGN_SUFFIXES and _reads(path, listing)):
             images.append(path)
         elif path.name in TABLE_NAMES:
             listing.tables.append(path)
         elif suffix in CAPTION_SUFFIXES:
             captions.append(path)
-        elif suffix in FOREIGN_SUFFIXES:
-            what = f"images of the kind {printable(suffix)} are not read; save it as PNG"
-            listing.refused.append(Fault(path, what))
-        else:
+        elif suffix not in FOREIGN_SUFFIXES:
             others.append(path)
     if not images and not listing.refused:
         raise DataError("no image in this folder", where=printable(top), hint=FOLDER_HINT)
-    others += _gather(listing, images, captions, masks)
+    others += _gather(listing, images, captions)
     listing.notes += note("files that are neither images nor captions, not read", others)
     return listing
 
@@ -129,14 +127,31 @@ def note(what: str, things: Sequence[Path | str]) -> list[str]:
     return [f"{what} ({len(things)}): {names}{more}"]
 
 
-def _gather(
-    listing: Listing, images: Sequence[Path], captions: Iterable[Path], masks: Iterable[Path]
-) -> list[Path]:
+def _reads(path: Path, listing: Listing) -> bool:
+    """Whether a file is of a known format though it is not named so; else it is refused."""
+    suffix = path.suffix.lower()
+    try:
+        found = format_of(path)
+    except DataError as error:
+        listing.refused.append(Fault(path, error.what))
+        return False
+    if found is not None and not (found == "TIFF" and suffix in RAW_SUFFIXES):
+        return True
+    what = f"images of the kind {printable(suffix)} are not read; save it as PNG"
+    listing.refused.append(Fault(path, what))
+    return False
+
+
+def _gather(listing: Listing, found: Sequence[Path], captions: Sequence[Path]) -> list[Path]:
     """Gives every image the files that belong to it by their names, and tells which are left.
 
     Returns:
         The JSON files that belong to none: they may be anything.
     """
+    refused = [fault.path for fault in listing.refused if fault.thing == "image"]
+    of_another = _masks(found, refused)
+    masks = [path for path in found if path in of_another]
+    images = [path for path in found if path not in of_another]
     by_stem, masks_by_stem, same = ByName[Path](), ByName[Path](), ByName[Path]()
     for path in captions:
         by_stem.add(path.with_suffix(""), path)
@@ -150,15 +165,40 @@ def _gather(
         listing.candidates.append(Candidate(path=path, captions=beside, masks=tuple(covers)))
         used.update(beside, covers)
         same.add(path, path)
-    for fault in listing.refused:  # its captions are not to blame
-        used.update(by_stem.find(fault.path.with_suffix("")))
+    for path in refused:  # what lies beside it is not to blame
+        stem = path.with_suffix("")
+        used.update(by_stem.find(stem), by_stem.find(path), masks_by_stem.find(stem))
     pairs = [" and ".join(ascii(path.name) for path in twins) for twins in same.twins()]
     orphans = [path for path in captions if path not in used]
     texts = [path for path in orphans if path.suffix.lower() != ".json"]
     listing.notes += note("captions without an image", texts)
-    listing.notes += note("masks without an image", [path for path in masks if path not in used])
+    unclaimed = [path for path in masks if path not in used]
+    listing.notes += note("masks of an image that has one in its own Unicode form", unclaimed)
+    alone = [path for path in images if _named_as_mask(path)]
+    listing.notes += note("named like the mask of an image that is not here, so an image", alone)
     listing.notes += note("names that differ in nothing but their Unicode form", pairs)
     return [path for path in orphans if path.suffix.lower() == ".json"]
+
+
+def _masks(found: Sequence[Path], refused: Sequence[Path]) -> set[Path]:
+    """Which of the images are the mask of another one, by their names."""
+    stems = ByName[Path]()
+    for path in (*found, *refused):
+        if not _named_as_mask(path):
+            stems.add(path.with_suffix(""), path)
+    masks: set[Path] = set()
+    named = [path for path in found if _named_as_mask(path)]
+    for path in sorted(named, key=lambda path: len(_composed(path))):  # a mask's image comes first
+        if stems.find(_masked(path)):
+            masks.add(path)
+        else:
+            stems.add(path.with_suffix(""), path)
+    return masks
+
+
+def _named_as_mask(path: Path) -> bool:
+    name = path.name.lower()
+    return name.endswith(MASK_ENDINGS) and name not in MASK_ENDINGS
 
 
 def _masked(path: Path) -> Path:
@@ -174,7 +214,7 @@ def _composed(path: Path) -> str:
 def _walk(top: Path, listing: Listing) -> Iterator[Path]:
     def unreadable(error: OSError) -> None:
         what = f"the folder cannot be read: {error.strerror}; make it readable, or remove it"
-        listing.refused.append(Fault(Path(error.filename), what))
+        listing.refused.append(Fault(Path(error.filename), what, thing="folder"))
 
     links: list[Path] = []
     disguised: list[Path] = []

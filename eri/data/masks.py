@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from eri.data.checked import Checks, Finding, look
-from eri.data.images import HashedFile, alpha_of, decode_open, hashed
+from eri.data.images import HashedFile, alpha_of, decode_open, hashed_as
 from eri.data.items import Mask
 from eri.errors import DataError
 from eri.printable import printable
@@ -63,10 +63,7 @@ def read_mask(mask: Mask, size: tuple[int, int]) -> Image.Image:
     Raises:
         DataError: the file changed since it was checked, or cannot be read; names it.
     """
-    with hashed(mask.path) as file:
-        if file.sha256 != mask.sha256:
-            what, hint = "the file changed while the images were prepared", "run the command again"
-            raise DataError(what, where=printable(mask.path), hint=hint)
+    with hashed_as(mask.path, mask.sha256) as file:
         cap = sys.maxsize  # these very bytes were checked against the source's own
         pixels = alpha_of(file, pixel_cap=cap) if mask.alpha else _brightness(file, cap)
     if pixels.size == size:

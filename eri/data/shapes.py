@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from eri.config import DataSource
-from eri.data.folder import Item
+from eri.data.items import Item
 from eri.data.listing import note
 from eri.errors import ConfigError
 

@@ -56,9 +56,10 @@ def read_table(path: Path) -> Iterator[Row | Fault]:
         with open_regular(path) as file:
             yield from read(path, file)
     except DataError as error:
-        yield Fault(path, error.what)
+        yield Fault(path, error.what, thing="table")
     except OSError as error:
-        yield Fault(path, f"cannot be read: {error.strerror}; copy it to another disk")
+        what = f"cannot be read: {error.strerror}; copy it to another disk"
+        yield Fault(path, what, thing="table")
 
 
 def _json_rows(path: Path, file: BufferedReader) -> Iterator[Row | Fault]:
@@ -72,7 +73,7 @@ def _json_rows(path: Path, file: BufferedReader) -> Iterator[Row | Fault]:
                 raise ValueError("not a JSON mapping; mend the line")
             yield _row(path, line, values)
         except ValueError as error:
-            yield Fault(path, str(error), line)
+            yield Fault(path, str(error), line, thing="row")
 
 
 def _csv_rows(path: Path, file: BufferedReader) -> Iterator[Row | Fault]:
@@ -92,17 +93,18 @@ def _csv_rows(path: Path, file: BufferedReader) -> Iterator[Row | Fault]:
                 yield _csv_row(path, line, header, values)
             line = reader.line_num + 1
     except (ValueError, csv.Error) as error:  # of the text itself: what follows is guesswork
-        yield Fault(path, f"{error}; nothing is read from here on" if header else str(error), line)
+        what = f"{error}; nothing is read from here on" if line > 1 else str(error)
+        yield Fault(path, what, line, thing="table")
 
 
 def _csv_row(path: Path, line: int, header: list[str], values: list[str]) -> Row | Fault:
     if len(values) != len(header):
         what = f"{len(values)} values for {len(header)} columns; put quotes around text with commas"
-        return Fault(path, what, line)
+        return Fault(path, what, line, thing="row")
     try:
         return _row(path, line, dict(zip(header, values, strict=True)))
     except ValueError as error:
-        return Fault(path, str(error), line)
+        return Fault(path, str(error), line, thing="row")
 
 
 def _row(path: Path, line: int, values: Mapping[str, Any]) -> Row:

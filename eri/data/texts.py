@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from eri.data.entries import key, read_entry, sweep_unfinished, write_entry
-from eri.data.folder import Progress
+from eri.data.items import Progress
 from eri.errors import DataError, NonFiniteError
 from eri.printable import printable
 

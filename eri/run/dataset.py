@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 from rich.console import Console
@@ -48,7 +48,7 @@ class Images:
 
 def _picture(item: Item) -> Image.Image:
     cap = item.width * item.height
-    return decode(item.path, pixel_cap=cap, background=item.background or "#ffffff").image
+    return decode(item.path, pixel_cap=cap, background=item.background).image
 
 
 def look_at_images(
@@ -64,35 +64,43 @@ def look_at_images(
         for source in config.data
         if source.validation is not None
     ]
-    train = _look(config.data, config.train.batch_size, facts, console, check_stop)
-    validation = _look(held_out, 1, facts, console, check_stop) if held_out else ImageSet()
+    with told(console, "checking images", check_stop) as progress:
+        dataset = scan((*config.data, *held_out), progress=progress)  # all that is wrong at once
+    for line in (*dataset.skipped, *dataset.notes):
+        say(console, f"note: {line}")
+    first = len(config.data)
+    items = [item for item in dataset.items if item.source < first]
+    measured = [
+        replace(item, source=item.source - first) for item in dataset.items if item.source >= first
+    ]
+    train = _image_set(items, config.data, config.train.batch_size, facts, console)
+    validation = _image_set(measured, held_out, 1, facts, console) if held_out else ImageSet()
     return Images(train, validation)
 
 
-def _look(
+def _image_set(
+    items: Sequence[Item],
     sources: Sequence[DataSource],
     batch_size: int,
     facts: BaseFacts,
     console: Console,
-    check_stop: Callable[[], None],
 ) -> ImageSet:
-    with told(console, "checking images", check_stop) as progress:
-        dataset = scan(sources, progress=progress)
     resolutions = [
         facts.resolution if source.resolution == "auto" else source.resolution for source in sources
     ]
-    assignment = assign(dataset.items, sources, resolutions, step=facts.step, batch_size=batch_size)
+    assignment = assign(items, sources, resolutions, step=facts.step, batch_size=batch_size)
     unset = [
         item.path
-        for item in dataset.items
-        if has_unset_trigger(item.captions, sources[item.source].caption)
+        for item in items
+        if not sources[item.source].regularization  # it is taken out of these
+        and has_unset_trigger(item.captions, sources[item.source].caption)
     ]
     triggers = note("captions with [trigger], which stays text without caption.trigger", unset)
     images = ImageSet(
-        dataset.items, assignment.shapes, tuple(sources), max(resolutions), assignment.joined
+        tuple(items), assignment.shapes, tuple(sources), max(resolutions), assignment.joined
     )
     lengths = length_notes(images, facts.words)
-    for line in (*dataset.skipped, *dataset.notes, *triggers, *assignment.notes, *lengths):
+    for line in (*triggers, *assignment.notes, *lengths):
         say(console, f"note: {line}")
     return images
 

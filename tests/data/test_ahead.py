@@ -20,7 +20,8 @@ def test_results_come_in_the_order_of_the_tasks() -> None:
         assert list(results) == [number * number for number in range(20)]
 
 
-def test_only_a_few_tasks_are_taken_ahead() -> None:
+@pytest.mark.parametrize("depth", [THREADS, 7])
+def test_only_a_few_tasks_are_taken_ahead(depth: int) -> None:
     taken: list[int] = []
 
     def tasks() -> Iterator[int]:
@@ -28,11 +29,23 @@ def test_only_a_few_tasks_are_taken_ahead() -> None:
             taken.append(number)
             yield number
 
-    with ahead(str, tasks()) as results:
+    with ahead(str, tasks(), depth=depth) as results:
         assert taken == []
         for number in range(50):
             assert next(results) == str(number)
-            assert len(taken) <= number + 1 + THREADS
+            assert len(taken) == number + 1 + depth
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_as_many_threads_work_as_are_asked_for(threads: int) -> None:
+    together = threading.Barrier(threads)
+
+    def work(number: int) -> str:
+        together.wait(10)
+        return threading.current_thread().name
+
+    with ahead(work, range(6), threads=threads, depth=6) as results:
+        assert len(set(results)) == threads
 
 
 def test_an_error_is_raised_in_its_place_and_no_thread_is_left() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from eri.data import cache
 from eri.data.cache import Latents, cache_latents, latent_bytes, missing_latents
 from eri.data.cuts import PLAIN, UNIT, Cut, View
-from eri.data.folder import Item, Mask
+from eri.data.items import Item, Mask
 from eri.data.shapes import Shape
 from eri.errors import DataError, DiskError, NonFiniteError
 from tests.data.test_entries import DAMAGES, Damage
@@ -203,13 +203,13 @@ def test_views_of_one_image_are_read_once_and_encoded_in_order(
     items: tuple[Item, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
-    hashed = cache.hashed
+    hashed_as = cache.hashed_as
 
-    def noted(path: Path) -> Any:
+    def noted(path: Path, sha256: str) -> Any:
         read.append(path)
-        return hashed(path)
+        return hashed_as(path, sha256)
 
-    monkeypatch.setattr(cache, "hashed", noted)
+    monkeypatch.setattr(cache, "hashed_as", noted)
     views = [View(across=place) for place in range(0, UNIT, 300)]
     cuts = [Cut(item, SHAPE, view) for item in items for view in views]
     encode = Encoder()
@@ -388,7 +388,7 @@ from pathlib import Path
 import torch
 from eri.data.cache import cache_latents
 from eri.data.cuts import Cut, View
-from eri.data.folder import Item
+from eri.data.items import Item
 from eri.data.shapes import Shape
 torch.set_num_threads(1)
 path, count = Path(sys.argv[1]), int(sys.argv[2])

@@ -11,7 +11,8 @@ from PIL import Image
 
 from eri.config import DataSource
 from eri.data import folder
-from eri.data.folder import Dataset, scan
+from eri.data.folder import scan
+from eri.data.items import Dataset
 from eri.errors import DataError
 
 
@@ -132,7 +133,7 @@ def test_an_interrupted_check_leaves_no_threads(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         scan([DataSource(path=tmp_path)], progress=interrupt)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("check")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
 def test_captions_of_a_table_reach_its_folder_and_those_below(tmp_path: Path) -> None:
@@ -176,6 +177,72 @@ def test_tables_that_say_nothing_are_named(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "objects": []}')
     named = tmp_path / "metadata.jsonl"
     assert check(tmp_path).notes[-1] == f"tables without a caption (1): {named}"
+
+
+def test_what_cannot_be_used_is_counted_as_what_it_is(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for n in range(4):
+        image(one / f"{n}.png")
+    for n in range(3):
+        (one / f"bad-{n}.png").write_bytes(b"x")
+    image(two / "a.png")
+    (two / "metadata.csv").write_text("name,text\na.png,a fox\n")
+    sources = [DataSource(path=one, on_bad="skip"), DataSource(path=two)]
+    error = refused_of(sources)
+    assert (error.what, error.where) == ("1 caption table cannot be used", str(two))
+    assert [line for line in error.problems if not line.startswith("note: ")] == [
+        f"{two / 'metadata.csv'}:1: no column 'file_name' in its first line ('name', 'text'); "
+        "add it"
+    ]
+    (two / "b.HEIC").write_bytes(b"x")
+    (two / "metadata.jsonl").write_text("{")
+    told = "1 of 9 images, 1 row of a caption table and 1 caption table cannot be used"
+    assert refused_of(sources).what == told
+    assert refused_of([*sources, sources[1]]).what == told  # files that two sources share
+
+
+def refused_of(sources: list[DataSource]) -> DataError:
+    with pytest.raises(DataError) as caught:
+        scan(sources)
+    return caught.value
+
+
+def test_a_single_image_is_counted_as_one(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    assert refused(tmp_path).what == "1 of 1 image cannot be used"
+
+
+def test_every_folder_that_is_left_empty_is_told(tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        image(tmp_path / name / f"{name}.png").write_bytes(b"x")
+    image(tmp_path / "three" / "good.png")
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    skipping = [DataSource(path=path, on_bad="skip") for path in (one, two, three)]
+    error = refused_of(skipping)
+    left = "no image is left; every one was skipped"
+    assert (error.what, error.where) == (left, f"{one}, {two}")
+    heads = [line.split("; ")[0].split(" (")[0] for line in error.problems]
+    unread = "not an image of a known format"
+    assert heads == [
+        f"{one}: no image is left",
+        f"{one / 'one.png'}: {unread}",
+        f"{two}: no image is left",
+        f"{two / 'two.png'}: {unread}",
+    ]
+    error = refused_of([skipping[0], DataSource(path=three)])  # beside what may not be skipped
+    assert (error.what, error.where) == ("1 of 3 images cannot be used", f"{one}, {three}")
+    assert f"{one}: {left}" in error.problems
+
+
+def test_a_jpeg_is_read_whatever_kind_its_name_tells_of(tmp_path: Path) -> None:
+    Image.new("RGB", (80, 64)).save(tmp_path / "IMG_1.HEIC", "JPEG")
+    (tmp_path / "IMG_1.txt").write_text("a fox")
+    (item,) = check(tmp_path).items
+    assert (item.path.name, item.width, item.captions) == ("IMG_1.HEIC", 80, ("a fox",))
+    content = item.path.read_bytes()
+    item.path.write_bytes(content[:-20])
+    (line, *_) = refused(tmp_path).problems
+    assert line.startswith(f"{item.path}: damaged: ")
 
 
 def test_bad_rows_alone_are_told_as_rows(tmp_path: Path) -> None:
@@ -274,4 +341,4 @@ def test_few_files_wait_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ThreadPoolExecutor, "submit", counting)
     source = DataSource(path=tmp_path)
     scan([source], progress=lambda done, total: waiting.append(len(submitted) - done))
-    assert max(waiting) <= folder.MAX_WORKERS * folder.AHEAD
+    assert max(waiting) <= folder.MAX_THREADS * folder.AHEAD

@@ -8,7 +8,8 @@ import pytest
 
 from eri.config import DataSource
 from eri.data import images
-from eri.data.folder import Dataset, scan
+from eri.data.folder import scan
+from eri.data.items import Dataset
 from eri.errors import DataError
 from tests.data.hostile import LOCKED, build_hostile
 
@@ -159,7 +160,9 @@ def test_everything_that_is_wrong_is_told_at_once_and_in_order(folder: Path) -> 
     assert faults == sorted(faults, key=lambda line: line.split(":")[0])
     assert all(line.isprintable() for line in told)
     assert caught.value.exit_code == 3
-    assert caught.value.what == "36 of 73 images cannot be used"
+    assert caught.value.what == (
+        "35 of 72 images, 2 rows of caption tables and 1 folder cannot be used"
+    )
 
 
 def shown(dataset: Dataset) -> dict[str, str]:

@@ -10,7 +10,15 @@ import pytest
 from PIL import Image, ImageFile
 
 from eri.data import images
-from eri.data.images import FORMATS, Decoded, alpha_of, hashed, pillow_warnings_ignored
+from eri.data.images import (
+    FORMATS,
+    Decoded,
+    alpha_of,
+    format_of,
+    hashed,
+    hashed_as,
+    pillow_warnings_ignored,
+)
 from eri.errors import DataError
 
 CORNERS = {(0, 0): (255, 0, 0), (1, 0): (0, 255, 0), (0, 1): (0, 0, 255), (1, 1): (255, 255, 0)}
@@ -301,6 +309,33 @@ def test_what_is_no_image_is_named(tmp_path: Path, content: bytes, words: str) -
     path = tmp_path / "image.png"
     path.write_bytes(content)
     assert words in refused(path).what
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_format_is_known_by_how_a_file_begins(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "a").write_bytes(encoded(picture(), kind)[:100])
+    assert format_of(tmp_path / "a") == kind
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"BMW, a car", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", b"8BPS\0\1"]
+)
+def test_what_is_of_no_known_format_begins_like_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a").write_bytes(content)
+    assert format_of(tmp_path / "a") is None
+
+
+def test_a_file_that_changed_since_it_was_checked_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"one")
+    with hashed(path) as file:
+        before = file.sha256
+    with hashed_as(path, before) as file:
+        assert file.sha256 == before
+    path.write_bytes(b"two")
+    with pytest.raises(DataError, match="the file changed") as caught, hashed_as(path, before):
+        pass
+    assert (caught.value.where, caught.value.hint) == (str(path), "run the command again")
 
 
 def fifo(path: Path) -> None:

@@ -74,9 +74,73 @@ def test_masks_are_no_images(tmp_path: Path, name: str) -> None:
     assert candidate.path.name == "a.jpg"
 
 
-def test_a_mask_without_an_image_is_named(tmp_path: Path) -> None:
-    listing = list_folder(touch(tmp_path, "a.png", "b-masklabel.png"))
-    assert listing.notes == [f"masks without an image (1): {tmp_path / 'b-masklabel.png'}"]
+@pytest.mark.parametrize("ending", ["-masklabel", ".mask"])
+def test_what_is_named_like_a_mask_of_no_image_is_an_image(tmp_path: Path, ending: str) -> None:
+    name = f"gas{ending}.png"
+    listing = list_folder(touch(tmp_path, "a.png", name, f"gas{ending}.txt", "sub/gas.png"))
+    found = {candidate.path.name: candidate for candidate in listing.candidates}
+    assert list(found) == ["a.png", name, "gas.png"]
+    assert [path.name for path in found[name].captions] == [f"gas{ending}.txt"]
+    assert listing.notes == [
+        f"named like the mask of an image that is not here, so an image (1): {tmp_path / name}"
+    ]
+
+
+def test_an_image_that_is_named_like_a_mask_has_a_mask(tmp_path: Path) -> None:
+    names = ("gas.mask.png", "gas.mask-masklabel.png", "gas.mask.mask.png")
+    (candidate,) = list_folder(touch(tmp_path, *names)).candidates
+    assert candidate.path.name == "gas.mask.png"
+    assert {path.name for path in candidate.masks} == set(names[1:])
+
+
+def test_a_mask_of_a_mask_is_no_mask(tmp_path: Path) -> None:
+    listing = list_folder(touch(tmp_path, "a.png", "a.mask.png", "a.mask.mask.png"))
+    assert [candidate.path.name for candidate in listing.candidates] == ["a.mask.mask.png", "a.png"]
+    assert [path.name for path in listing.candidates[1].masks] == ["a.mask.png"]
+
+
+def test_the_mask_of_a_refused_image_is_no_image(tmp_path: Path) -> None:
+    listing = list_folder(touch(tmp_path, "a.heic", "a.mask.png"))
+    assert (listing.candidates, listing.notes) == ([], [])
+
+
+def test_a_name_that_is_nothing_but_the_ending_of_a_mask_is_an_image(tmp_path: Path) -> None:
+    listing = list_folder(touch(tmp_path, "sub.png", "sub/-masklabel.png"))
+    assert [candidate.masks for candidate in listing.candidates] == [(), ()]
+
+
+HEADS = {
+    "JPEG": b"\xff\xd8\xff\xe0",
+    "PNG": b"\x89PNG\r\n",
+    "WEBP": b"RIFF\0\0\0\0WEBP",
+    "GIF": b"GIF89a",
+    "BMP": b"BM\1\2\3\4\0\0\0\0",
+    "AVIF": b"\0\0\0\x1cftypavif",
+    "TIFF": b"MM\0*",
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_an_image_that_is_named_as_another_kind_is_an_image(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "a.HEIC").write_bytes(HEADS[kind])
+    listing = list_folder(touch(tmp_path, "a.txt"))
+    ((path, captions),) = [(found.path, found.captions) for found in listing.candidates]
+    assert (path, captions) == (tmp_path / "a.HEIC", (tmp_path / "a.txt",))
+    assert listing.refused == []
+
+
+def test_of_a_raw_photo_the_thumbnail_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.nef").write_bytes(HEADS["TIFF"])
+    (tmp_path / "b.nef").write_bytes(HEADS["JPEG"])
+    listing = list_folder(tmp_path)
+    assert [fault.path.name for fault in listing.refused] == ["a.nef"]
+    assert [candidate.path.name for candidate in listing.candidates] == ["b.nef"]
+
+
+def test_what_is_named_as_another_kind_and_cannot_be_opened_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.heic")
+    (fault,) = list_folder(tmp_path).refused
+    assert str(fault) == f"{tmp_path / 'a.heic'}: not a regular file; remove it"
 
 
 def test_a_caption_in_another_unicode_form_belongs_to_its_image(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eri.data import mask_cache
 from eri.data.cuts import PLAIN, UNIT, Cut, View
-from eri.data.folder import Item, Mask
+from eri.data.items import Item, Mask
 from eri.data.mask_cache import cache_masks, mask_in
 from eri.data.shapes import Shape
 from eri.errors import DataError

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from eri.config import DataSource
-from eri.data.folder import Item
+from eri.data.items import Item
 from eri.data.shapes import Assignment, Shape, assign, crop_loss, shapes
 from eri.errors import ConfigError
 

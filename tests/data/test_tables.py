@@ -109,6 +109,22 @@ def test_a_table_that_is_no_file_is_refused_at_once(tmp_path: Path, name: str) -
     assert "not a regular file" in fault.what
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "things"),
+    [
+        ("metadata.jsonl", b"{\n[]\n{}", ["row", "row", "row"]),
+        ("metadata.csv", b"name,text\n", ["table"]),
+        ("metadata.csv", b'file_name,text\na\n,a\nb.png,"b', ["row", "row", "table"]),
+    ],
+)
+def test_a_fault_is_of_a_row_or_of_all_that_follows(
+    tmp_path: Path, name: str, content: bytes, things: list[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    found = list(read_table(tmp_path / name))
+    assert [row.thing for row in found if isinstance(row, Fault)] == things
+
+
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
 def test_a_line_without_an_end_is_refused(tmp_path: Path, name: str) -> None:
     ((_, what),) = faults(

@@ -4,7 +4,7 @@ import pytest
 
 from eri.config import Config
 from eri.data import PLAIN
-from eri.errors import Stopped
+from eri.errors import DataError, Stopped
 from eri.run.base import look_at
 from eri.run.dataset import Images, look_at_images
 from tests.run.conftest import Screen
@@ -69,6 +69,73 @@ def test_a_trigger_that_nobody_set_is_pointed_out(config: Config, screen: Screen
     (config.data[0].path / "3.txt").write_text("[trigger] on blue")
     look_at_images(config, look_at(config.model.path), screen.console, go_on)
     assert "[trigger], which stays text without caption.trigger (1): " in screen.text
+
+
+def test_a_trigger_in_regularization_images_is_taken_out_and_not_pointed_out(
+    config: Config, change: Callable[..., Config], screen: Screen
+) -> None:
+    (config.data[0].path / "3.txt").write_text("[trigger] on blue")
+    source = config.data[0].model_copy(update={"regularization": True})
+    facts = look_at(config.model.path)
+    look_at_images(change(config, data=(source,)), facts, screen.console, go_on)
+    assert "[trigger]" not in screen.text
+
+
+def look_and_fail(config: Config, screen: Screen) -> DataError:
+    with pytest.raises(DataError) as caught:
+        look_at_images(config, look_at(config.model.path), screen.console, go_on)
+    return caught.value
+
+
+def test_a_validation_folder_that_is_not_there_is_told_before_anything_is_read(
+    config: Config, change: Callable[..., Config], screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[object] = []
+    monkeypatch.setattr("eri.data.folder.check", lambda *task, **rest: read.append(task))
+    gone = config.data[0].path / "gone"
+    source = config.data[0].model_copy(update={"validation": gone})
+    error = look_and_fail(change(config, data=(source,)), screen)
+    assert (error.what, error.where, read) == ("no such folder", str(gone), [])
+
+
+def test_what_is_wrong_with_training_and_validation_images_is_told_at_once(
+    config: Config, screen: Screen
+) -> None:
+    held_out = config.data[0].validation
+    assert held_out is not None
+    bad = [config.data[0].path / "2.png", held_out / "1.png"]
+    for path in bad:
+        path.write_bytes(b"x")
+    error = look_and_fail(config, screen)
+    assert error.what == "2 of 7 images cannot be used"
+    faults = [line.split(": ")[0] for line in error.problems if not line.startswith("note: ")]
+    assert sorted(faults) == sorted(map(str, bad))
+
+
+def test_a_validation_folder_of_which_nothing_is_left_is_named(
+    config: Config, change: Callable[..., Config], screen: Screen
+) -> None:
+    held_out = config.data[0].validation
+    assert held_out is not None
+    for path in held_out.glob("*.png"):
+        path.write_bytes(b"x")
+    source = config.data[0].model_copy(update={"on_bad": "skip"})
+    error = look_and_fail(change(config, data=(source,)), screen)
+    assert (error.what, error.where) == (
+        "no image is left; every one was skipped",
+        str(held_out),
+    )
+
+
+def test_validation_images_belong_to_their_own_folders(
+    config: Config, change: Callable[..., Config], screen: Screen
+) -> None:
+    measured = config.data[0]
+    plain = measured.model_copy(update={"validation": None})
+    facts = look_at(config.model.path)
+    images = look_at_images(change(config, data=(plain, measured)), facts, screen.console, go_on)
+    assert [item.source for item in images.train.items] == [0] * 5 + [1] * 5
+    assert {images.validation.source(index).path for index in (0, 1)} == {measured.validation}
 
 
 def test_regularization_images_are_not_shown_as_what_is_learned(

@@ -43,7 +43,7 @@ def test_a_run_stops_before_it_begins_and_lists_every_bad_file(
     with pytest.raises(DataError) as caught:
         train(config(folder, sd15, tmp_path / "run"), screen.console)
     assert caught.value.exit_code == 3
-    assert caught.value.what == "35 of 71 images cannot be used"
+    assert caught.value.what == "35 of 71 images and 2 rows of caption tables cannot be used"
     faults = [line for line in caught.value.problems if not line.startswith("note: ")]
     assert len(faults) == 35 + 2
     assert not list(tmp_path.glob("run/*.safetensors"))
