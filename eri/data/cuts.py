@@ -76,7 +76,7 @@ def views(sha256: str, source: DataSource) -> tuple[View, ...]:
         source: its `flip`, `crop_jitter`, `color` and `variants`.
     """
     drawn = [PLAIN]
-    if source.crop_jitter or source.color:
+    if source.varies:
         drawn = [_draw(sha256, number, source) for number in range(source.variants)]
     if not source.flip:
         return tuple(drawn)
