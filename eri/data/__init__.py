@@ -7,7 +7,7 @@ from eri.data.folder import scan
 from eri.data.images import Decoded, decode
 from eri.data.items import Dataset, Item, Mask, Progress
 from eri.data.listing import note
-from eri.data.rendering import caption_of, has_unset_trigger, plain_caption
+from eri.data.rendering import caption_of, has_unset_trigger, plain_caption, whole_captions
 from eri.data.shapes import Assignment, Shape, assign, shapes
 from eri.data.texts import Texts, TextStates, cache_texts
 
@@ -45,4 +45,5 @@ __all__ = [
     "shapes",
     "size_ids",
     "views",
+    "whole_captions",
 ]

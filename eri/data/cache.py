@@ -74,6 +74,14 @@ class Latents:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def masked_out(self) -> list[int]:
+        """Which cuts keep nothing of what their mask keeps."""
+        return [
+            index
+            for index, path in enumerate(self.masks)
+            if path is not None and not _in_use(path, mask_in(path)).any()
+        ]
+
     def __getitem__(self, index: int) -> Latent:
         path, mask_path = self.paths[index], self.masks[index]
         latent = _in_use(path, _latent_in(path))

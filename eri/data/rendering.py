@@ -16,7 +16,7 @@ import torch
 from eri.config import CaptionRules
 from eri.rng import generator
 
-__all__ = ["caption_of", "has_unset_trigger", "plain_caption"]
+__all__ = ["caption_of", "has_unset_trigger", "plain_caption", "whole_captions"]
 
 TRIGGER = "[trigger]"
 NO_SPACE_BEFORE = tuple(",.;:!?")
@@ -40,15 +40,14 @@ def caption_of(
         regularization: whether the source is one, which is told no trigger word.
     """
     bases = _bases(captions, rules)
-    varies = rules.wildcards or rules.shuffle_tags or rules.drop_tags > 0
-    if not (varies or rules.drop or len(bases) > 1):
+    if not (rules.varies or rules.drop or len(bases) > 1):
         return _written(bases[0], rules, regularization)
     chance = generator(seed, "caption", sample=sample)
     dropped, which, variant = torch.rand(3, dtype=torch.float64, generator=chance).tolist()
     if dropped < rules.drop:
         return ""
     base = bases[int(which * len(bases))]
-    number = int(variant * rules.variants) if varies else None
+    number = int(variant * rules.variants) if rules.varies else None
     return _written(base, rules, regularization, number)
 
 
@@ -61,6 +60,22 @@ def plain_caption(
     those of `caption_of`.
     """
     return _written(_bases(captions, rules)[0], rules, regularization)
+
+
+def whole_captions(
+    captions: Sequence[str], rules: CaptionRules, *, regularization: bool = False
+) -> list[str]:
+    """Every caption that an image can have, in order and with nothing left out.
+
+    For how long captions may become. The arguments are those of `caption_of`.
+    """
+    whole = rules.model_copy(update={"shuffle_tags": False, "drop_tags": 0.0})
+    variants = range(rules.variants) if rules.wildcards else (None,)
+    return [
+        _written(base, whole, regularization, variant)
+        for base in _bases(captions, rules)
+        for variant in variants
+    ]
 
 
 def has_unset_trigger(captions: Sequence[str], rules: CaptionRules) -> bool:

@@ -18,6 +18,10 @@ from eri.printable import printable
 
 __all__ = ["EncodeText", "TextStates", "Texts", "cache_texts", "missing_texts"]
 
+READING = 1
+"""Raised when a text comes to other states for the same encoder: how it is cut into windows, how
+its weights are applied."""
+
 KEPT = 64
 """Text states that a `Texts` remembers; SDXL's for a text of one window take 0.6 MB."""
 
@@ -110,7 +114,7 @@ def missing_texts(texts: Sequence[str], encoder: str) -> list[str]:
 
 
 def _entry(text: str, encoder: str) -> Path:
-    return key("text", text, encoder)
+    return key("text", text, encoder, READING)
 
 
 def _states_in(path: Path) -> TextStates | None:

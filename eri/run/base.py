@@ -1,6 +1,8 @@
 """The base model of a run: where it is, whether it can be used, and its parts."""
 
+import hashlib
 import importlib.resources
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from eri.errors import ModelError
 from eri.files import sha256
 from eri.formats import diffusers_folder
 from eri.formats.checkpoint import text_parts, unet_part, vae_part
-from eri.formats.parts import Parts, TextPart, UNetPart, VAEPart
+from eri.formats.parts import TEXT_NAMES, Parts, TextPart, UNetPart, VAEPart
 from eri.formats.prediction_hints import Hint, file_hint, folder_hint
 from eri.formats.single_file import read_single_file
 from eri.models.load import load_unet, require_fit
@@ -80,11 +82,25 @@ class BaseFacts:
         return Parts(unet=self.unet, vae=self.vae, text=self.text)
 
     @cached_property
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 of each part's weights; slow for large files, so worked out when asked for."""
+    def weights(self) -> dict[str, str]:
+        """SHA-256 of each part's files; slow for large ones, so worked out when asked for."""
         files_of = self.parts.files
         digests = {file: sha256(file) for file in {f for files in files_of.values() for f in files}}
         return {part: "+".join(digests[f] for f in files) for part, files in files_of.items()}
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of all that each part computes from: weights, config and tokenizer."""
+        made_from: dict[str, list[object]] = {part: [hash_] for part, hash_ in self.weights.items()}
+        made_from["unet"].append(repr(self.spec))
+        if self.vae is not None:
+            made_from["vae"].append(self.vae.config)
+        for name, part in zip(TEXT_NAMES, self.text, strict=False):
+            made_from[name] += [part.config, part.pad, _tokenizer_hashes(part)]
+        return {
+            part: hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+            for part, what in made_from.items()
+        }
 
     @cached_property
     def words(self) -> TextEncoder:
@@ -173,6 +189,14 @@ def find_base(model: ModelSource | str, say: Say = _silent) -> BaseFacts:
         hint=hint,
         notes=(*notes, *_unusual_types(unet)),
     )
+
+
+def _tokenizer_hashes(part: TextPart) -> list[tuple[str, str]]:
+    """The files of a folder's own tokenizer; CLIP's, which comes along, never changes."""
+    if part.tokenizer is None:
+        return []
+    files = sorted(path for path in part.tokenizer.iterdir() if path.suffix in {".json", ".txt"})
+    return [(path.name, sha256(path)) for path in files]
 
 
 def _find(model: str, say: Say) -> tuple[Path, str]:

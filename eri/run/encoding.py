@@ -13,15 +13,26 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from eri.data import Encoded, Latents, Progress, Texts, TextStates, cache_latents, cache_texts
+from eri.data import (
+    Encoded,
+    Latents,
+    Progress,
+    Texts,
+    TextStates,
+    cache_latents,
+    cache_texts,
+    note,
+)
 from eri.models.text import TextEncoder
 from eri.models.vae import VAE
 from eri.run.base import BaseFacts
-from eri.run.cache_space import latents_made_by
+from eri.run.cache_space import latents_made_by, texts_made_by
 from eri.run.conditions import Condition
 from eri.run.dataset import told
 from eri.run.image_set import ImageSet
+from eri.run.lengths import windows_needed
 from eri.run.samples import Samples, Text
+from eri.train import say
 
 __all__ = ["Encoder", "Reader", "tensor_cores"]
 
@@ -65,15 +76,11 @@ class Reader:
 
     def texts(self, prompts: Sequence[str], *, windows: int, weighted: bool) -> Texts:
         """The states of some prompts, each read in so many windows."""
-        source, hashes = self.facts.source, self.facts.hashes
-        weights = " ".join(hashes[part] for part in sorted(hashes) if part.startswith("text"))
-        made_by = (
-            f"{weights} {self.dtype} on {self.device.type}, {windows} windows joined as "
-            f"{source.windows}, clip skip {source.clip_skip}, "
-            f"{'weighted' if weighted else 'literal'}"
+        made_by = texts_made_by(
+            self.facts, self.dtype, self.device, windows=windows, weighted=weighted
         )
 
-        def states(text: str) -> TextStates:
+        def encode(text: str) -> TextStates:
             if self._encoder is None:
                 self._encoder = self.facts.load_text(self.device)
             context, pooled = self._encoder.encode([text], windows=windows, weighted=weighted)
@@ -81,9 +88,9 @@ class Reader:
             return TextStates(context[0].to("cpu", self.dtype), pooled)
 
         if self.progress is None:
-            return cache_texts(prompts, states, encoder=made_by)
+            return cache_texts(prompts, encode, encoder=made_by)
         with self.progress("encoding captions") as progress:
-            return cache_texts(prompts, states, encoder=made_by, progress=progress)
+            return cache_texts(prompts, encode, encoder=made_by, progress=progress)
 
     def guide(
         self, prompt: str, negative: str, *, weighted: bool = True
@@ -158,6 +165,9 @@ class Encoder:
         with self._progress("encoding images") as progress, tensor_cores():
             latents = cache_latents(images.cuts, encode, encoder=made_by, progress=progress)
         vae.to("cpu")
+        empty = dict.fromkeys(images.cuts[index].item.path for index in latents.masked_out())
+        for line in note("images of which a cut keeps nothing that their mask keeps", list(empty)):
+            say(self.console, f"note: {line}; these samples teach nothing")
         return latents
 
     def samples(
@@ -183,12 +193,7 @@ class Encoder:
         prompts: dict[bool, list[str]] = {False: [], True: []}
         for text, weighted in dict.fromkeys(wanted):
             prompts[weighted].append(text)
-        needed = [
-            self.facts.words.windows_needed(texts, weighted=weighted)
-            for weighted, texts in prompts.items()
-            if texts
-        ]
-        windows = max(least_windows, *needed, 1)
+        windows = max(least_windows, windows_needed(images, self.facts.words))
         texts = {
             weighted: reader.texts(texts, windows=windows, weighted=weighted)
             for weighted, texts in prompts.items()

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import torch
 
-from eri.data import Batches, Latents, Texts, View, caption_of, plain_caption
+from eri.data import Batches, Latents, Texts, View, caption_of, plain_caption, whole_captions
 from eri.printable import printable
 from eri.rng import generator
 from eri.run.image_set import ImageSet
@@ -23,6 +23,7 @@ __all__ = [
     "plain_text",
     "texts_drawn",
     "texts_of",
+    "whole_texts",
 ]
 
 Text = tuple[str, bool]
@@ -125,6 +126,16 @@ def micro_batches(batches: Batches, accumulate: int, steps: range) -> range:
 def texts_of(images: ImageSet) -> Iterator[Text]:
     """The plain caption of each image."""
     return (plain_text(images, index) for index in range(len(images)))
+
+
+def whole_texts(images: ImageSet) -> Iterator[tuple[int, Text]]:
+    """Every caption that an image can have, with nothing left out of it, by the image's index."""
+    for index, item in enumerate(images.items):
+        source = images.source(index)
+        for caption in whole_captions(
+            item.captions, source.caption, regularization=source.regularization
+        ):
+            yield index, (caption, source.caption.weights)
 
 
 def texts_drawn(

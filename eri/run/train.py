@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from PIL import Image
 from rich.console import Console
 
 from eri.config import Config, dump_config, trajectory
@@ -131,6 +132,7 @@ class _Run:
             self._tell_finished()
             return True
         checkpoints.set_aside(self.folder, checkpoint)
+        self.plan.space.require()
         self._write_config()
         encoder = Encoder(
             self.facts,
@@ -162,13 +164,14 @@ class _Run:
         stop: StopSignals,
     ) -> bool:
         parts = build(self.config, self.plan, self.facts, encoded, settle=self._settle)
+        examples = self.images.examples(self.plan.size)  # now: hours later they may be gone
         size = sum(p.numel() for p in parts.adapter.parameters()) * BYTES_OF_A_STATE
         require_space(self.folder, size * (self.config.save.keep + 1))
         if checkpoint is not None:
             checkpoints.load(checkpoint, parts.state, parts.adapter, self.layers)
             self.say(f"going on from step {checkpoint.step}")
         self._train(parts, batches, stop)
-        finished = not stop() and self._finish(parts, stop)
+        finished = not stop() and self._finish(parts, examples, stop)
         if not finished:
             where = f"step {parts.state.step} of {self.plan.loop.steps}"
             self.say(f"stopped at {where}; eri train {self.folder / CONFIG} goes on from there")
@@ -230,7 +233,9 @@ class _Run:
         )
         checkpoints.prune(self.folder, self.config.save.keep)
 
-    def _finish(self, parts: Parts, stop: Callable[[], bool]) -> bool:
+    def _finish(
+        self, parts: Parts, examples: Sequence[Image.Image], stop: Callable[[], bool]
+    ) -> bool:
         """Measure and show what was learned, then write the finished adapter, last of all."""
         step = parts.state.step
         if self.images.validation.items:
@@ -238,7 +243,7 @@ class _Run:
             self.say(Validation(self.folder, parts, images).compare())
         sheet = None
         if self.plan.loop.sample_every:
-            sheet = parts.previews.sheet(step, self.images.examples(), stop)
+            sheet = parts.previews.sheet(step, examples, stop)
             if sheet is None:
                 return False
         path = finished_adapter(self.folder)
@@ -299,7 +304,10 @@ class _Run:
     def _tell_finished(self) -> None:
         self.say(f"this run is finished: {self.plan.loop.steps} steps are done; nothing to train")
         self.say(f"adapter  {finished_adapter(self.folder)}")
-        self.say("hint: a larger train.steps trains on; --restart begins anew beside it")
+        if self.config.train.epochs is None:
+            self.say("hint: a larger train.steps trains on; --restart begins anew beside it")
+        else:
+            self.say("hint: --restart, with more train.epochs, begins anew beside it")
 
 
 def _resolved(config: Config, plan: RunPlan, choice: Choice) -> Config:

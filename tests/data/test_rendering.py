@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from eri.config import CaptionRules
-from eri.data.rendering import caption_of, has_unset_trigger, plain_caption
+from eri.data.rendering import caption_of, has_unset_trigger, plain_caption, whole_captions
 
 TAGS = "1girl, red hair, sky, smile, tree"
 SYNTAX = "(a cat:1.2) {red|blue} [x] \\( a|b # {, }\n  two ,, lines "
@@ -264,3 +264,23 @@ def test_a_sample_is_captioned_the_same_forever() -> None:
         "",
         "red hair, 1girl, smile, sky, night",
     ]
+
+
+def test_whole_captions_are_all_that_chance_can_show_before_it_leaves_things_out() -> None:
+    rules = CaptionRules(
+        lines=True, wildcards=True, shuffle_tags=True, drop_tags=0.5, trigger="sks", variants=6
+    )
+    captions = ["{red|dark blue} car, street", "one\ntwo, {a|b}"]
+    whole = set(whole_captions(captions, rules))
+    assert whole == {
+        "sks, red car, street",
+        "sks, dark blue car, street",
+        "sks, one",
+        "sks, two, a",
+        "sks, two, b",
+    }
+    tags = [set(text.split(", ")) for text in whole]
+    for sample in range(200):
+        shown = set(caption_of(captions, rules, seed=1, sample=sample).split(", "))
+        assert any(shown <= those for those in tags)
+    assert whole_captions(["a", "b, c"], CaptionRules(shuffle_tags=True)) == ["a", "b, c"]

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -153,3 +154,35 @@ def test_a_model_on_the_hub(sdxl: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert (facts.name, facts.spec.family) == ("name", "sdxl")
     assert any("owner/name" in line for line in said)
     assert facts.load_vae().scale == 0.13025
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "key", "value"),
+    [
+        ("vae", "vae/config.json", "scaling_factor", 0.5),
+        ("text_encoder", "text_encoder/config.json", "layer_norm_eps", 1e-3),
+        ("text_encoder", "tokenizer/vocab.json", "zzz", 999),
+        ("unet", "unet/config.json", "norm_eps", 1e-3),
+    ],
+)
+def test_a_part_is_known_by_all_that_it_computes_from(
+    part: str, file: str, key: str, value: float, sd15: Path, tmp_path: Path
+) -> None:
+    """What is kept of a part's results must not outlive a change of its config or tokenizer."""
+    folder = shutil.copytree(sd15, tmp_path / "model")
+    before = look_at(str(folder))
+    assert before.hashes == look_at(str(sd15)).hashes
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(content | {key: value}))
+    after = find_base(str(folder))
+    assert after.weights == before.weights
+    changed = {name for name in before.hashes if after.hashes[name] != before.hashes[name]}
+    assert changed == {part}
+
+
+def test_a_vae_alone_is_known_with_the_scale_of_its_family(
+    sd15: Path, sdxl: Path, tmp_path: Path
+) -> None:
+    vae = single_file(sdxl, tmp_path / "vae.safetensors", without=["unet", "text"], vae="bare")
+    hashes = {look_at(ModelSource(path=str(m), vae=str(vae))).hashes["vae"] for m in (sd15, sdxl)}
+    assert len(hashes) == 2

@@ -67,7 +67,7 @@ def test_samples_of_sdxl_have_pooled_text_and_the_sizes_of_their_own_cut(
         torch.testing.assert_close(sample.context, states)
         torch.testing.assert_close(sample.pooled, one)
     sizes = [ids.tolist() for sample in samples if (ids := sample.time_ids) is not None]
-    assert sizes[3:] == [[240, 100, 13, 0, 128, 64], [96, 96, 0, 0, 96, 96]]
+    assert sizes[3:] == [[240, 100, 13, 0, 128, 64], [96, 96, 0, 0, 64, 64]]
 
 
 def test_the_second_time_nothing_is_encoded_and_no_encoder_is_loaded(
@@ -87,6 +87,24 @@ def test_the_second_time_nothing_is_encoded_and_no_encoder_is_loaded(
     (config.data[0].path / "0.txt").write_text("a blue disc")
     with pytest.raises(AssertionError, match="encoded again"):
         encoded(*look(config, screen), screen)
+
+
+def test_a_mask_that_the_cut_removes_is_pointed_out(
+    config: Config, change: Callable[..., Config], screen: Screen
+) -> None:
+    folder = config.data[0].path
+    Image.new("RGB", (400, 100)).save(folder / "0.png")
+    for name, corner in (("0", 350), ("2", 40)):  # of 0.png, a cut of 2:1 keeps 100 to 300
+        mask = Image.new("L", (400, 100) if name == "0" else (96, 96))
+        mask.paste(255, (corner, 0, mask.width, mask.height))
+        mask.save(folder / f"{name}-masklabel.png")
+    source = config.data[0].model_copy(update={"mask": "file"})
+    samples = encoded(*look(change(config, data=(source,)), screen), screen)
+    assert "keeps nothing that their mask keeps (1): " in screen.text
+    assert "0.png; these samples teach nothing" in screen.text
+    masks = [sample.mask for sample in samples]
+    assert masks[0] is not None and masks[2] is not None and masks[1] is None
+    assert not masks[0].any() and 0.5 < masks[2].mean() < 0.65
 
 
 def test_states_are_kept_in_the_type_that_they_are_used_in(config: Config, screen: Screen) -> None:
