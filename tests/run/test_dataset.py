@@ -130,12 +130,18 @@ def test_a_validation_folder_of_which_nothing_is_left_is_named(
 def test_validation_images_belong_to_their_own_folders(
     config: Config, change: Callable[..., Config], screen: Screen
 ) -> None:
-    measured = config.data[0]
-    plain = measured.model_copy(update={"validation": None})
+    (first,) = config.data
+    held_out = first.validation
+    assert held_out is not None
+    plain = first.model_copy(update={"validation": None})
+    turned = first.model_copy(update={"path": held_out, "validation": first.path})
+    data = (plain, first, turned)
     facts = look_at(config.model.path)
-    images = look_at_images(change(config, data=(plain, measured)), facts, screen.console, go_on)
-    assert [item.source for item in images.train.items] == [0] * 5 + [1] * 5
-    assert {images.validation.source(index).path for index in (0, 1)} == {measured.validation}
+    images = look_at_images(change(config, data=data), facts, screen.console, go_on)
+    assert [item.source for item in images.train.items] == [0] * 5 + [1] * 5 + [2] * 2
+    assert [item.source for item in images.validation.items] == [0] * 2 + [1] * 5
+    for index, item in enumerate(images.validation.items):
+        assert item.path.parent == images.validation.source(index).path
 
 
 def test_regularization_images_are_not_shown_as_what_is_learned(
