@@ -79,7 +79,7 @@ class DataSource(Section):
     regularization: bool = Field(
         default=False,
         description="whether these images only keep what the model can do already: they get no "
-        "trigger word, are not previewed, and do not count in steps: auto",
+        "trigger word, are not previewed, and their views do not count in steps: auto",
     )
     resolution: Literal["auto"] | Annotated[int, Field(ge=64, le=4096)] = Field(
         default="auto",

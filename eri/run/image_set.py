@@ -32,6 +32,12 @@ class ImageSet:
         return self.sources[self.items[index].source]
 
     @cached_property
+    def learned(self) -> tuple[int, ...]:
+        """The images that something is learned from; all, if every folder is for regularization."""
+        own = (n for n in range(len(self)) if not self.source(n).regularization)
+        return tuple(own) or tuple(range(len(self)))
+
+    @cached_property
     def views(self) -> tuple[tuple[View, ...], ...]:
         """The versions of each image."""
         return tuple(

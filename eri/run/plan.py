@@ -8,13 +8,13 @@ from eri.config import Config
 from eri.data import Batches
 from eri.errors import ConfigError
 from eri.run.base import BaseFacts
-from eri.run.cache_space import cache_space
+from eri.run.cache_space import CacheSpace, cache_space
 from eri.run.dataset import Images
 from eri.run.device import choose_device, choose_dtype
 from eri.run.footprint import card_memory, footprint
-from eri.run.image_set import ImageSet
+from eri.run.lengths import windows_needed
 from eri.run.plan_text import (
-    cache_line,
+    cache_lines,
     image_lines,
     memory_lines,
     model_lines,
@@ -23,14 +23,13 @@ from eri.run.plan_text import (
 )
 from eri.run.prediction import Choice
 from eri.run.rates import device_name, known_rate
-from eri.run.samples import Text, plain_text
+from eri.run.samples import Text, micro_batches, plain_text, texts_drawn
 from eri.run.steps import run_samples, run_steps
 from eri.train import Plan
 
 __all__ = ["RunPlan", "plan_run"]
 
 DEFAULT_PROMPTS = 4
-STATES = 77  # of a caption in one window of CLIP
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class RunPlan:
     prompts: tuple[Text, ...]  # of the previews
     size: int  # of the previews, side in pixels
     batches: Batches
+    space: CacheSpace  # that the cache needs; asked for only once something is encoded
     pace: str  # all that the speed depends on, in words; see `eri.run.rates`
     lines: tuple[str, ...]  # the same for people
 
@@ -63,22 +63,25 @@ def plan_run(
 
     Raises:
         ConfigError: settings that this machine or this model cannot follow.
-        DiskError: the disk has no room for what the run keeps in the cache.
     """
     device = choose_device()
     dtype = choose_dtype(config.train.precision, device)
     on_gpu = device.type == "cuda"
     size = _preview_size(config, facts)
     train = config.train
-    batches = Batches(
-        images.train.shapes,
-        images.train.repeats,
-        batch_size=train.batch_size,
-        seed=train.seed,
-        epochs=train.epochs,
+    batches = _order(config, images)
+    learned = images.train.learned
+    steps = run_steps(train, batches, learned)
+    numbers = micro_batches(batches, train.accumulate, range(steps))
+    samples = run_samples(train, batches, steps)
+    space = cache_space(
+        facts,
+        images,
+        samples=samples,
+        drawn=texts_drawn(images.train, batches, numbers, train.seed),
+        dtype=dtype,
+        device=device,
     )
-    counted = _own(images.train) or range(len(images.train))
-    steps = run_steps(train, batches, len(counted))
     pace = _pace(config, facts, images.train.resolution, dtype, device)
     return RunPlan(
         loop=_loop(config, steps),
@@ -88,18 +91,30 @@ def plan_run(
         prompts=_prompts(config, images),
         size=size,
         batches=batches,
+        space=space,
         pace=pace,
         lines=(
             *model_lines(config, facts),
             *image_lines(images, batches),
-            *training_lines(train, batches, steps, len(counted)),
+            *training_lines(train, batches, steps, learned),
             choice.line if choice.settled else f"{choice.line}; measured before step 1",
             f"device   {device.type}, {str(dtype).removeprefix('torch.')}",
-            *(_memory(config, facts, batches, dtype, device) if dry_run or on_gpu else ()),
-            cache_line(cache_space(facts, images, dtype=dtype, device=device)),
-            time_line(run_samples(train, batches, steps), known_rate(pace)),
+            *(_memory(config, facts, images, batches, dtype) if dry_run or on_gpu else ()),
+            *cache_lines(space),
+            time_line(samples, known_rate(pace)),
             f"output   {config.output}",
         ),
+    )
+
+
+def _order(config: Config, images: Images) -> Batches:
+    train = config.train
+    return Batches(
+        images.train.shapes,
+        images.train.repeats,
+        batch_size=train.batch_size,
+        seed=train.seed,
+        epochs=train.epochs,
     )
 
 
@@ -131,11 +146,6 @@ def _preview_size(config: Config, facts: BaseFacts) -> int:
     return size
 
 
-def _own(images: ImageSet) -> list[int]:
-    """The images that something is learned from, rather than kept."""
-    return [index for index in range(len(images)) if not images.source(index).regularization]
-
-
 def _prompts(config: Config, images: Images) -> tuple[Text, ...]:
     """What is drawn: the given prompts, as the UIs read them, or captions, of held-out images if
     there are some.
@@ -143,12 +153,12 @@ def _prompts(config: Config, images: Images) -> tuple[Text, ...]:
     if config.sample.prompts:
         return tuple((prompt, True) for prompt in config.sample.prompts)
     shown = images.validation if len(images.validation) else images.train
-    texts = [plain_text(shown, index) for index in _own(shown) or range(len(shown))]
+    texts = [plain_text(shown, index) for index in shown.learned]
     return tuple(dict.fromkeys(texts))[:DEFAULT_PROMPTS]
 
 
 def _memory(
-    config: Config, facts: BaseFacts, batches: Batches, dtype: torch.dtype, device: torch.device
+    config: Config, facts: BaseFacts, images: Images, batches: Batches, dtype: torch.dtype
 ) -> list[str]:
     """What the largest batch takes."""
     sizes = [
@@ -163,10 +173,14 @@ def _memory(
         dropout=config.adapter.dropout,
         dtype=dtype,
         latents=(count, *(side // facts.latent_factor for side in shape)),
-        states=STATES,
+        states=facts.words.tokens * windows_needed(images.train, facts.words),
     )
     return memory_lines(
-        needed, count, shape, card=card_memory(device), accumulate=config.train.accumulate
+        needed,
+        count,
+        shape,
+        card=card_memory(choose_device()),
+        of_a_step=batches.batch_size * config.train.accumulate,
     )
 
 

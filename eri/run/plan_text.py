@@ -1,5 +1,6 @@
 """The lines of the plan: what a run will do and take, with the arithmetic behind each number."""
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 from eri.config import Config, Train
@@ -12,10 +13,10 @@ from eri.run.dataset import Images
 from eri.run.footprint import Footprint
 from eri.run.image_set import ImageSet
 from eri.run.rates import Rate
-from eri.run.steps import FEWEST_STEPS, MOST_STEPS, VIEWS_OF_AN_IMAGE
+from eri.run.steps import FEWEST_STEPS, MOST_STEPS, VIEWS_OF_AN_IMAGE, auto_steps
 
 __all__ = [
-    "cache_line",
+    "cache_lines",
     "image_lines",
     "memory_lines",
     "model_lines",
@@ -37,7 +38,7 @@ def model_lines(config: Config, facts: BaseFacts) -> list[str]:
         f"model    {facts.name}: {facts.spec.family}, {millions:.1f} M parameters, "
         f"{adapter.targets} at rank {adapter.rank}, alpha {adapter.alpha:g}",
         *(f"{INDENT}{note}" for note in (*facts.notes, facts.words.clip_skip_note) if note),
-        f"vae      {facts.vae_path.name}, SHA-256 {facts.hashes['vae'][:16]}, encodes in float32",
+        f"vae      {facts.vae_path.name}, SHA-256 {facts.weights['vae'][:16]}, encodes in float32",
     ]
 
 
@@ -74,14 +75,14 @@ def _row(images: ImageSet, shape: Shape, bucket: Bucket) -> str:
     )
 
 
-def training_lines(train: Train, batches: Batches, steps: int, images: int) -> list[str]:
+def training_lines(train: Train, batches: Batches, steps: int, learned: Sequence[int]) -> list[str]:
     """How long a run trains, and why so long.
 
     Args:
         train: the settings.
         batches: of the run.
         steps: of the run.
-        images: that count in `steps: auto`.
+        learned: the images that count in `steps: auto`.
     """
     seen = train.batch_size * train.accumulate
     rate = f"lr {train.lr:g} {train.schedule}"
@@ -101,17 +102,19 @@ def training_lines(train: Train, batches: Batches, steps: int, images: int) -> l
         f"{batches.samples_per_epoch} samples, {rate}"
     ]
     if train.steps == "auto":
-        wanted = -(-VIEWS_OF_AN_IMAGE * images // seen)
+        auto = auto_steps(train, batches, learned)
+        of_them = "" if auto.of_a_step == seen else " of them"
         lines += [
-            f"{INDENT}auto: {images} images x {VIEWS_OF_AN_IMAGE} views / {seen} a step = "
-            f"{wanted}, at least {FEWEST_STEPS} and at most {MOST_STEPS};",
+            f"{INDENT}auto: {auto.images} images x {VIEWS_OF_AN_IMAGE} views / "
+            f"{_number(auto.of_a_step)}{of_them} a step = {auto.wanted}, "
+            f"at least {FEWEST_STEPS} and at most {MOST_STEPS};",
             f"{INDENT}guides and presets of other trainers take 1000 to 3000",
         ]
     return lines
 
 
 def memory_lines(
-    needed: Footprint, images: int, shape: Shape, *, card: int | None, accumulate: int
+    needed: Footprint, images: int, shape: Shape, *, card: int | None, of_a_step: int
 ) -> list[str]:
     """What a step holds, and a warning where the card has less.
 
@@ -120,7 +123,7 @@ def memory_lines(
         images: in that batch.
         shape: of them.
         card: bytes that the GPU has; None without one.
-        accumulate: batches in a step.
+        of_a_step: images in a step whose batches are full.
     """
     what = f"{images} image{'' if images == 1 else 's'} of {shape.width}x{shape.height}"
     lines = [
@@ -136,8 +139,9 @@ def memory_lines(
     if fitting < 1:
         advice = "one image is too much at this resolution; set a smaller data.resolution"
     else:
-        total = -(-images * accumulate // fitting)
-        advice = f"train.batch_size={fitting} with train.accumulate={total} would fit"
+        # as many images in a step as now, so that nothing else about the run changes
+        size = max(size for size in range(1, fitting + 1) if of_a_step % size == 0)
+        advice = f"train.batch_size={size} with train.accumulate={of_a_step // size} would fit"
     return [*lines, f"warning: this GPU has {_size(card)}; {advice}"]
 
 
@@ -152,16 +156,17 @@ def time_line(samples: int, rate: Rate | None) -> str:
     )
 
 
-def cache_line(space: CacheSpace) -> str:
-    """What the cache will hold of the run."""
-    if not space.missing:
-        return f"cache    all {space.latents} latents are there"
-    there = space.latents - space.missing
-    have = f", of which {there} are there" if there else ""
-    return (
-        f"cache    {space.latents} latents{have}, and at most {space.texts} texts: "
-        f"{_size(space.needed)} more of {_size(space.free)} free"
+def cache_lines(space: CacheSpace) -> list[str]:
+    """What the cache lacks of the run, and a warning where the disk has no room for it."""
+    if not space.needed:
+        return [f"cache    all {space.latents} latents and their texts are there"]
+    told = (
+        f"cache    {space.missing} of {space.latents} latents and at most {space.texts} texts are "
+        f"missing: {_size(space.needed)} more"
     )
+    if space.needed > space.free:
+        return [told, f"warning: only {_size(space.free)} are free for the cache"]
+    return [f"{told} of {_size(space.free)} free"]
 
 
 def _number(value: Fraction) -> str:

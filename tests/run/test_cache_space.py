@@ -3,60 +3,119 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from eri.config import Config, DataSource
+from eri.config import CaptionRules, Config, DataSource
 from eri.data import Item, Shape
 from eri.errors import DiskError
-from eri.run.base import BaseFacts, look_at
-from eri.run.cache_space import CacheSpace, cache_space, most_texts
+from eri.run.base import look_at
+from eri.run.cache_space import CacheSpace, most_texts
 from eri.run.dataset import look_at_images
 from eri.run.image_set import ImageSet
+from eri.run.plan import plan_run
+from eri.run.prediction import choose
 from eri.run.train import train
 from tests.run.conftest import Screen
 
-CPU = torch.device("cpu")
+BYTES_OF_A_TEXT = 4 * 77 * 32  # states of 32 numbers, in a window
 
 
 def needed(config: Config) -> CacheSpace:
-    facts: BaseFacts = look_at(config.model.path)
+    facts = look_at(config.model.path)
     images = look_at_images(config, facts, Screen().console, lambda: None)
-    return cache_space(facts, images, dtype=torch.float32, device=CPU)
+    return plan_run(config, facts, choose(config.model, facts.hint), images).space
 
 
-def test_what_a_run_writes_is_what_was_worked_out(
-    config: Config, change: Callable[..., Config], isolated_cache: Path
-) -> None:
-    before = needed(config)
+def written(cache: Path, kind: str) -> int:
+    return sum(path.stat().st_size for path in cache.rglob(f"*.{kind}"))
+
+
+@pytest.fixture
+def short(config: Config, change: Callable[..., Config]) -> Config:
+    """A run of one step that draws nothing."""
+    return change(config, sample={"every": 0, "prompts": ("a red disc 0",)}, train={"steps": 1})
+
+
+@pytest.fixture
+def leave(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Leaves so many bytes free."""
+    usage = shutil.disk_usage("/")
+
+    def left(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+
+    return left
+
+
+def test_what_a_run_writes_is_what_was_worked_out(short: Config, isolated_cache: Path) -> None:
+    before = needed(short)
     # the two that are held out are two of the five that are trained on
-    assert (before.latents, before.missing, before.texts) == (5, 5, 7)
-    prompts = change(config, sample={"every": 0, "prompts": ("a red disc 0",)}, train={"steps": 1})
-    train(prompts, Screen().console)
-    written = sum(path.stat().st_size for path in (isolated_cache / "latents").rglob("*.latent"))
-    texts = before.texts * 4 * 77 * 32  # states of 32 numbers
-    assert before.needed - texts == pytest.approx(written, rel=0.1)
-    assert before.needed - texts >= written
-    after = needed(config)
-    assert (after.latents, after.missing, after.needed) == (5, 0, 0)
+    assert (before.latents, before.missing, before.texts) == (5, 5, 5)
+    train(short, Screen().console)
+    texts = before.texts * BYTES_OF_A_TEXT
+    latents = written(isolated_cache, "latent")
+    assert latents <= before.needed - texts == pytest.approx(latents, rel=0.1)
+    after = needed(short)
+    assert (after.latents, after.missing, after.texts, after.needed) == (5, 0, 0, 0)
 
 
-def test_versions_of_images_count_each(config: Config, change: Callable[..., Config]) -> None:
-    source = config.data[0].model_copy(
+def test_captions_that_were_edited_count_though_all_latents_are_there(
+    short: Config, change: Callable[..., Config], isolated_cache: Path
+) -> None:
+    train(short, Screen().console)
+    before = written(isolated_cache, "text")
+    (short.data[0].path / "3.txt").write_text("disc " * 100)
+    edited = change(short, output=short.output / "again")
+    space = needed(edited)  # all captions, held out or not, are read in three windows now
+    assert (space.missing, space.texts, space.needed) == (0, 5, 5 * 3 * BYTES_OF_A_TEXT)
+    train(edited, Screen().console)
+    assert written(isolated_cache, "text") - before == pytest.approx(space.needed, rel=0.1)
+    assert needed(edited).needed == 0
+
+
+def test_a_run_counts_no_more_texts_than_it_has_samples(
+    short: Config, change: Callable[..., Config], leave: Callable[[int], None]
+) -> None:
+    rules = CaptionRules(shuffle_tags=True, variants=1000)
+    tags = change(short, data=(short.data[0].model_copy(update={"caption": rules}),))
+    assert needed(change(tags, train={"steps": 100_000})).texts == 5 * 1000 + 2
+    few = change(tags, train={"steps": 3})  # an epoch: 3 batches of 5 samples in all
+    assert needed(few).texts == 5 + 5 + 2
+    leave(0)
+    assert needed(few).texts == 5  # drawn: captions of one tag have one order
+
+
+def test_versions_of_images_count_each(short: Config, change: Callable[..., Config]) -> None:
+    source = short.data[0].model_copy(
         update={"flip": True, "crop_jitter": 0.2, "variants": 3, "validation": None}
     )
-    assert needed(change(config, data=(source,))).latents == 5 * 3 * 2
+    assert needed(change(short, data=(source,))).latents == 5 * 3 * 2
 
 
-def test_a_full_disk_is_refused_before_anything_slow(
-    config: Config, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_is_refused_once_the_plan_is_told(
+    short: Config, leave: Callable[[int], None]
 ) -> None:
-    space = needed(config)
-    usage = shutil.disk_usage("/")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=space.needed - 1))
+    space = needed(short)
+    leave(space.needed - 1)
+    screen = Screen()
+    train(short, screen.console, dry_run=True)
+    assert "warning: only" in screen.text
+    screen = Screen()
     with pytest.raises(DiskError, match=r"are needed and .* are free"):
-        needed(config)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=space.needed))
-    assert needed(config).free == space.needed
+        train(short, screen.console)
+    assert "warning: only" in screen.text
+    leave(space.needed)
+    needed(short).require()
+
+
+def test_a_finished_run_needs_no_room_in_the_cache(
+    short: Config, isolated_cache: Path, leave: Callable[[int], None]
+) -> None:
+    train(short, Screen().console)
+    shutil.rmtree(isolated_cache)
+    leave(0)
+    screen = Screen()
+    train(short, screen.console)
+    assert "this run is finished" in screen.text
 
 
 @pytest.mark.parametrize(

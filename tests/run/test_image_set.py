@@ -62,3 +62,10 @@ def test_the_fingerprint_is_of_all_that_is_trained_on(change: str) -> None:
 def test_the_fingerprint_is_not_of_where_things_lie() -> None:
     moved = tuple(replace(one, path=Path("elsewhere") / one.path) for one in IMAGES.items)
     assert replace(IMAGES, items=moved).fingerprint == IMAGES.fingerprint
+
+
+def test_what_regularizes_is_learned_from_only_where_there_is_nothing_else() -> None:
+    kept = SOURCES[0].model_copy(update={"regularization": True})
+    assert IMAGES.learned == (0, 1, 2)
+    assert replace(IMAGES, sources=(kept, SOURCES[1])).learned == (2,)
+    assert replace(IMAGES, sources=(kept, kept)).learned == (0, 1, 2)

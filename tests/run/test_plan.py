@@ -48,7 +48,7 @@ def test_the_plan_is_short_and_says_what_a_run_will_take(
     assert "         64x64            4         4        2   0.0%, 0.0%" in lines
     # 4 images of one shape and 1 of another are 3 batches of at most 2
     assert any("of up to 4 images, 333.3 epochs of 5 samples" in line for line in lines)
-    assert any("auto: 5 images x 100 views / 4 a step = 125, at least 500" in x for x in lines)
+    assert any("auto: 5 images x 100 views / 3.333 of them a step = 150," in x for x in lines)
     assert any("for 2 images of 64x64" in line for line in lines)
 
 
@@ -62,7 +62,7 @@ def test_epochs_and_repeats_reach_the_order_of_the_batches(
     assert any("2 epochs x 15 samples = 30 samples: 18 batches" in x for x in planned.lines)
 
 
-def test_images_that_regularize_do_not_lengthen_a_run_and_are_not_drawn(
+def test_images_that_regularize_are_not_counted_as_views_and_are_not_drawn(
     config: Config, change: Callable[..., Config], plan: Callable[[Config], RunPlan], tmp_path: Path
 ) -> None:
     others = save_photos(tmp_path / "others", count=4)
@@ -72,7 +72,8 @@ def test_images_that_regularize_do_not_lengthen_a_run_and_are_not_drawn(
     kept = DataSource(path=others, regularization=True, resolution=128)
     changed = {"train": {"steps": "auto", "batch_size": 1}, "sample": {"prompts": ()}}
     planned = plan(change(config, data=(kept, own), **changed))
-    assert planned.loop.steps == 500  # 5 images, not 9
+    assert planned.loop.steps == 900  # 5 images of 9 samples that an epoch has in as many steps
+    assert any("5 images x 100 views / 0.5556 of them a step = 900," in x for x in planned.lines)
     assert planned.prompts == tuple((f"ohwx, a red disc {number}", True) for number in range(4))
     only = plan(change(config, data=(kept,), **changed))
     assert only.loop.steps == 500  # 4 images: there are no others
@@ -99,7 +100,7 @@ def test_a_run_leaves_its_pace_for_the_next_plan(
     longer = change(config, train={"steps": 5}, sample={"every": 0})
     train(longer, screen.console)
     assert any("measured here on" in line for line in plan(longer).lines)
-    assert f"cache    all {5} latents are there" in plan(longer).lines
+    assert "cache    all 5 latents and their texts are there" in plan(longer).lines
 
 
 def test_a_card_that_is_too_small_is_warned_of(

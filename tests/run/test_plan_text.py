@@ -10,7 +10,7 @@ from eri.run.dataset import Images
 from eri.run.footprint import Footprint
 from eri.run.image_set import ImageSet
 from eri.run.plan_text import (
-    cache_line,
+    cache_lines,
     image_lines,
     memory_lines,
     time_line,
@@ -86,7 +86,8 @@ def lines_of(count: int, images: int | None = None, **settings: object) -> list[
     if batches.total is not None:
         steps = -(-batches.total // train.accumulate)
     assert isinstance(steps, int)
-    return [line.strip() for line in training_lines(train, batches, steps, images or count)]
+    learned = range(images or count)
+    return [line.strip() for line in training_lines(train, batches, steps, learned)]
 
 
 def test_epochs_are_told_with_their_arithmetic() -> None:
@@ -105,7 +106,13 @@ def test_auto_is_told_with_its_arithmetic_and_its_origin() -> None:
     )
     assert why == "auto: 61 images x 100 views / 4 a step = 1525, at least 500 and at most 3000;"
     assert origin == "guides and presets of other trainers take 1000 to 3000"
-    assert "auto: 3 images" in lines_of(61, images=3)[1]
+    assert "auto: 3 images x 100 views / 0.1967 of them a step = 1525," in lines_of(61, images=3)[1]
+
+
+def test_auto_is_told_with_the_batches_that_are_not_full() -> None:
+    batches = Batches([SQUARE] * 30 + [Shape(64, 128)] * 2, batch_size=3, seed=0)
+    lines = training_lines(Train(batch_size=3), batches, 1100, range(32))
+    assert "auto: 32 images x 100 views / 2.909 of them a step = 1100, at least" in lines[1]
 
 
 def test_a_number_of_steps_needs_no_explanation() -> None:
@@ -119,18 +126,19 @@ NEEDED = Footprint(weights=5 * GIB, adapter=GIB // 2, activations=24 * GIB)
 
 def test_memory_is_told_by_what_takes_it() -> None:
     large = Shape(1024, 1024)
-    assert memory_lines(NEEDED, 4, large, card=80 * GIB, accumulate=1) == [
+    assert memory_lines(NEEDED, 4, large, card=80 * GIB, of_a_step=4) == [
         "memory   about 29.5 GiB: 5.0 GiB for the U-Net, 512 MiB for the adapter, "
         "24.0 GiB for 4 images of 1024x1024"
     ]
-    (line,) = memory_lines(NEEDED, 1, large, card=None, accumulate=1)
+    (line,) = memory_lines(NEEDED, 1, large, card=None, of_a_step=1)
     assert line.endswith("24.0 GiB for 1 image of 1024x1024; beside the program itself")
 
 
 @pytest.mark.parametrize(
     ("card", "accumulate", "advice"),
     [
-        (30, 1, "train.batch_size=3 with train.accumulate=2 would fit"),  # 7 % are reserved more
+        (30, 1, "train.batch_size=2 with train.accumulate=2 would fit"),  # 3 would, of 4 a step
+        (30, 3, "train.batch_size=3 with train.accumulate=4 would fit"),  # 7 % are reserved more
         (24, 1, "train.batch_size=2 with train.accumulate=2 would fit"),
         (24, 3, "train.batch_size=2 with train.accumulate=6 would fit"),
         (13, 1, "train.batch_size=1 with train.accumulate=4 would fit"),
@@ -138,7 +146,7 @@ def test_memory_is_told_by_what_takes_it() -> None:
     ],
 )
 def test_a_card_that_is_too_small_gets_advice(card: int, accumulate: int, advice: str) -> None:
-    lines = memory_lines(NEEDED, 4, SQUARE, card=card * GIB, accumulate=accumulate)
+    lines = memory_lines(NEEDED, 4, SQUARE, card=card * GIB, of_a_step=4 * accumulate)
     assert lines[1] == f"warning: this GPU has {card}.0 GiB; {advice}"
 
 
@@ -158,11 +166,10 @@ def test_time_is_unknown_before_anything_was_measured() -> None:
 
 
 def test_the_cache_is_told_by_what_is_missing() -> None:
-    space = CacheSpace(latents=61, missing=61, texts=60, needed=20 * 2**20, free=3 * GIB)
-    assert cache_line(space) == (
-        "cache    61 latents, and at most 60 texts: 20 MiB more of 3.0 GiB free"
-    )
-    some = CacheSpace(latents=61, missing=1, texts=60, needed=20 * 2**20, free=3 * GIB)
-    assert ", of which 60 are there, " in cache_line(some)
-    none = CacheSpace(latents=61, missing=0, texts=60, needed=0, free=3 * GIB)
-    assert cache_line(none) == "cache    all 61 latents are there"
+    space = CacheSpace(latents=61, missing=1, texts=60, needed=20 * 2**20, free=3 * GIB)
+    told = "cache    1 of 61 latents and at most 60 texts are missing: 20 MiB more"
+    assert cache_lines(space) == [f"{told} of 3.0 GiB free"]
+    short = CacheSpace(latents=61, missing=1, texts=60, needed=20 * 2**20, free=19 * 2**20)
+    assert cache_lines(short) == [told, "warning: only 19 MiB are free for the cache"]
+    none = CacheSpace(latents=61, missing=0, texts=0, needed=0, free=0)
+    assert cache_lines(none) == ["cache    all 61 latents and their texts are there"]
