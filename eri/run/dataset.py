@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import lcm
 
 from PIL import Image
 from rich.console import Console
@@ -27,6 +28,7 @@ from eri.train import say
 __all__ = ["Images", "look_at_images", "told"]
 
 EXAMPLES = 4  # training images on the contact sheet
+MULTIPLE = 64  # pixels of a side, though a net may do with less: there are fewer shapes then
 AS_IT_IS = {"flip": False, "crop_jitter": 0.0, "color": 0.0, "repeats": 1, "validation": None}
 """What a folder asks for that is measured on."""
 
@@ -38,12 +40,14 @@ class Images:
     train: ImageSet
     validation: ImageSet
 
-    def examples(self) -> list[Image.Image]:
-        """A few of the training images, spread evenly."""
-        own = [n for n in range(len(self.train)) if not self.train.source(n).regularization]
-        items = [self.train.items[n] for n in own] or self.train.items
+    def examples(self, side: int) -> list[Image.Image]:
+        """A few of the training images, spread evenly, scaled to fit a square of some pixels."""
+        items = [self.train.items[n] for n in self.train.learned]
         count = min(EXAMPLES, len(items))
-        return [_picture(items[n * len(items) // count]) for n in range(count)]
+        pictures = [_picture(items[n * len(items) // count]) for n in range(count)]
+        for picture in pictures:
+            picture.thumbnail((side, side))
+        return pictures
 
 
 def _picture(item: Item) -> Image.Image:
@@ -88,7 +92,9 @@ def _image_set(
     resolutions = [
         facts.resolution if source.resolution == "auto" else source.resolution for source in sources
     ]
-    assignment = assign(items, sources, resolutions, step=facts.step, batch_size=batch_size)
+    assignment = assign(
+        items, sources, resolutions, step=lcm(MULTIPLE, facts.step), batch_size=batch_size
+    )
     unset = [
         item.path
         for item in items

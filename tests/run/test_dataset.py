@@ -24,7 +24,7 @@ def test_images_are_cut_to_shapes_that_the_net_can_halve(images: Images, screen:
     assert len(images.validation) == 2
     assert [tuple(shape) for shape in images.train.shapes] == [(64, 64), (128, 64), *[(64, 64)] * 3]
     assert "note: images smaller than the resolution, kept at their size (4)" in screen.text
-    assert [example.size for example in images.examples()] == [(96, 96), (64, 128), *[(96, 96)] * 2]
+    assert [one.size for one in images.examples(100)] == [(96, 96), (50, 100), *[(96, 96)] * 2]
 
 
 def test_asked_to_stop_it_stops_between_two_images(config: Config, screen: Screen) -> None:
@@ -153,4 +153,4 @@ def test_regularization_images_are_not_shown_as_what_is_learned(
     images = look_at_images(changed, look_at(config.model.path), screen.console, go_on)
     assert len(images.train) == 7
     assert [images.train.source(index).regularization for index in (0, 6)] == [False, True]
-    assert len(images.examples()) == 4
+    assert len(images.examples(64)) == 4
