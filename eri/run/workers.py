@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import active_children, parent_process, queues, resource_tracker
@@ -103,25 +104,13 @@ class Workers:
     def __init__(self, source: Source, steps: range, *, count: int, pin: bool) -> None:
         self.step = steps.start
         """That is read next."""
-        loader = DataLoader(
-            source,
-            batch_size=None,
-            sampler=steps,
-            num_workers=count,
-            collate_fn=_as_it_is,
-            pin_memory=pin,
-            multiprocessing_context=_KeepsQueues(),
-            prefetch_factor=AHEAD,
-            worker_init_fn=_end_with_parent,
-            generator=torch.Generator(),  # its seed for the workers: else it draws from PyTorch's
-        )
         others = active_children()
         self._waiting = False  # for a worker
         self._handler = signal.getsignal(signal.SIGCHLD) if _POSIX else None
         self._reads: Iterator[Read] | None = None
         try:
-            with _unreachable_by_signals():
-                self._reads = iter(loader)
+            with _unreachable_by_signals(), _unwarned():
+                self._reads = iter(_loader(source, steps, count=count, pin=pin))
         except OSError as error:
             what = f"workers, which read samples ahead, could not begin: {error}"
             raise WorkerError(what, hint="set train.workers: 0") from error
@@ -181,6 +170,29 @@ class Workers:
     def _dead(self, within: float) -> list[BaseProcess]:
         ended = wait([process.sentinel for process in self._processes], within)
         return [process for process in self._processes if process.sentinel in ended]
+
+
+def _loader(source: Source, steps: range, *, count: int, pin: bool) -> DataLoader[Read]:
+    return DataLoader(
+        source,
+        batch_size=None,
+        sampler=steps,
+        num_workers=count,
+        collate_fn=_as_it_is,
+        pin_memory=pin,
+        multiprocessing_context=_KeepsQueues(),
+        prefetch_factor=AHEAD,
+        worker_init_fn=_end_with_parent,
+        generator=torch.Generator(),  # its seed for the workers: else it draws from PyTorch's
+    )
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Says nothing of more processes than there are cores: they mostly wait."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        yield
 
 
 def _cause(process: BaseProcess) -> str:

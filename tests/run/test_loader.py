@@ -29,7 +29,6 @@ def seen(batches: list[SampleBatch]) -> list[tuple[str, int, float]]:
     ]
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.gpu)])
 def test_a_step_comes_as_it_was_loaded_on_the_device(device: torch.device, workers: int) -> None:
     steps = range(8)

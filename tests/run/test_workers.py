@@ -83,7 +83,6 @@ def runs(pid: int) -> bool:
         return False
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 def test_workers_read_what_the_run_would_and_may_die(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
