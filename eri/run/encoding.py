@@ -154,8 +154,8 @@ class Encoder:
     def latents(self, images: ImageSet, vae: VAE) -> Latents:
         """The latents of every version of every image; the VAE is on the device while it works.
 
-        A GPU convolves in TF32, nearly three times as fast as in float32, for an error of less
-        than 1 % of the latents' deviation at random weights (docs/benchmarks.md).
+        A GPU convolves in TF32, nearly three times as fast as in float32, for an error of about a
+        thousandth of the latents' deviation (docs/benchmarks.md).
         """
 
         def encode(pixels: Tensor) -> Encoded:

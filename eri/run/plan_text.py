@@ -38,7 +38,7 @@ def model_lines(config: Config, facts: BaseFacts) -> list[str]:
         f"model    {facts.name}: {facts.spec.family}, {millions:.1f} M parameters, "
         f"{adapter.targets} at rank {adapter.rank}, alpha {adapter.alpha:g}",
         *(f"{INDENT}{note}" for note in (*facts.notes, facts.words.clip_skip_note) if note),
-        f"vae      {facts.vae_path.name}, SHA-256 {facts.weights['vae'][:16]}, encodes in float32",
+        f"vae      {facts.vae_path.name}, SHA-256 {facts.weights['vae'][:16]}",
     ]
 
 
@@ -160,9 +160,10 @@ def cache_lines(space: CacheSpace) -> list[str]:
     """What the cache lacks of the run, and a warning where the disk has no room for it."""
     if not space.needed:
         return [f"cache    all {space.latents} latents and their texts are there"]
+    texts = f" and at most {space.texts} texts" if space.texts else ""
     told = (
-        f"cache    {space.missing} of {space.latents} latents and at most {space.texts} texts are "
-        f"missing: {_size(space.needed)} more"
+        f"cache    {space.missing} of {space.latents} latents{texts} are missing: "
+        f"{_size(space.needed)} more"
     )
     if space.needed > space.free:
         return [told, f"warning: only {_size(space.free)} are free for the cache"]
