@@ -145,7 +145,7 @@ def test_every_kind_of_bad_input_has_its_exit_code_before_any_weight_is_read(
     config.write_text(good)
     (tmp_path / "photos" / "0.txt").unlink()
     (tmp_path / "photos" / "1.png").write_bytes(b"not an image")
-    refused(3, "2 of 5 images cannot be used")
+    refused(3, "2 of 7 images cannot be used")
 
 
 def test_hostile_names_reach_no_terminal(config: Path, tmp_path: Path) -> None:

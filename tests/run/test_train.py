@@ -270,7 +270,7 @@ def test_nothing_is_loaded_before_images_and_model_are_known_to_be_there(
         monkeypatch.setattr(BaseFacts, part, load)
     (config.data[0].path / "0.txt").unlink()
     (config.data[0].path / "1.png").write_bytes(b"<html>")
-    with pytest.raises(DataError, match="2 of 5") as refused:
+    with pytest.raises(DataError, match="2 of 7") as refused:
         train(config, screen.console)
     faults = [line for line in refused.value.problems if not line.startswith("note:")]
     assert len(faults) == 2
