@@ -114,8 +114,8 @@ class DataSource(Section):
     )
     mask: Literal["none", "file", "alpha"] = Field(
         default="none",
-        description="what says which parts are learned: none, a file <name>-masklabel.png beside "
-        "the image (white is learned), or the image's own transparency",
+        description="what says which parts are learned: none, a file <name>-masklabel.png or "
+        "<name>.mask.png beside the image (white is learned), or the image's own transparency",
     )
     unmasked_weight: float = Field(
         default=0.0, ge=0, le=1, description="weight of what the mask leaves out"

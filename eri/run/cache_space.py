@@ -4,7 +4,6 @@ import shutil
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -15,8 +14,7 @@ from eri.files import cache_dir, disk_errors, require_space
 from eri.run.base import LATENT_CHANNELS, BaseFacts
 from eri.run.dataset import Images
 from eri.run.image_set import ImageSet
-from eri.run.lengths import windows_needed
-from eri.run.samples import Text, texts_of
+from eri.run.samples import Text, by_chance, texts_of
 
 __all__ = [
     "CacheSpace",
@@ -74,7 +72,7 @@ def cache_space(
         free = shutil.disk_usage(folder).free
     texts = _Texts(facts, images, dtype, device)
     plain, held_out = set(texts_of(images.train)), set(texts_of(images.validation))
-    if not _by_chance(images.train):
+    if not by_chance(images.train):
         count, of_texts = texts.missing(plain, held_out)
     else:
         count = min(most_texts(images.train), len(plain) + samples) + len(held_out)
@@ -109,13 +107,10 @@ class _Texts:
     dtype: torch.dtype
     device: torch.device
 
-    @cached_property
+    @property
     def windows(self) -> tuple[int, int]:
         """In which captions are read: those that are trained on, and those that are held out."""
-        train, held_out = (
-            windows_needed(images, self.facts.words)
-            for images in (self.images.train, self.images.validation)
-        )
+        train, held_out = self.images.train.windows, self.images.validation.windows
         return train, max(train, held_out)
 
     def missing(self, texts: Collection[Text], held_out: Collection[Text]) -> tuple[int, int]:
@@ -168,14 +163,6 @@ def texts_made_by(
         f"{weights} {dtype} on {device.type}, {windows} windows joined as {facts.source.windows}, "
         f"state {states.depth} from the end, normed {states.normed}, "
         f"{'weighted' if weighted else 'literal'}"
-    )
-
-
-def _by_chance(images: ImageSet) -> bool:
-    """Whether the captions of samples hang on chance."""
-    rules = (source.caption for source in images.sources)
-    return any(one.varies or one.drop > 0 or one.lines for one in rules) or any(
-        len(item.captions) > 1 for item in images.items
     )
 
 

@@ -22,7 +22,7 @@ from eri.data import (
 )
 from eri.run.base import BaseFacts
 from eri.run.image_set import ImageSet
-from eri.run.lengths import length_notes
+from eri.run.lengths import length_notes, windows_needed
 from eri.train import say
 
 __all__ = ["Images", "look_at_images", "told"]
@@ -105,6 +105,7 @@ def _image_set(
     images = ImageSet(
         tuple(items), assignment.shapes, tuple(sources), max(resolutions), assignment.joined
     )
+    images = replace(images, windows=windows_needed(images, facts.words))
     lengths = length_notes(images, facts.words)
     for line in (*triggers, *assignment.notes, *lengths):
         say(console, f"note: {line}")

@@ -1,7 +1,7 @@
 """Images and prompts to what the U-Net is given, once: kept in the cache, and read from there.
 
-The encoders are loaded only if something is missing, one after the other, and are freed before the
-U-Net is loaded, so that the memory of a run is that of its steps.
+The VAE is on the device only while it encodes, and the text encoders are loaded only if a text is
+missing and freed before the U-Net loads, so that the memory of a run is that of its steps.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +30,6 @@ from eri.run.cache_space import latents_made_by, texts_made_by
 from eri.run.conditions import Condition
 from eri.run.dataset import told
 from eri.run.image_set import ImageSet
-from eri.run.lengths import windows_needed
 from eri.run.samples import Samples, Text
 from eri.train import say
 
@@ -193,7 +192,7 @@ class Encoder:
         prompts: dict[bool, list[str]] = {False: [], True: []}
         for text, weighted in dict.fromkeys(wanted):
             prompts[weighted].append(text)
-        windows = max(least_windows, windows_needed(images, self.facts.words))
+        windows = max(least_windows, images.windows)
         texts = {
             weighted: reader.texts(texts, windows=windows, weighted=weighted)
             for weighted, texts in prompts.items()

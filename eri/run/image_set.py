@@ -23,6 +23,7 @@ class ImageSet:
     sources: tuple[DataSource, ...] = ()
     resolution: int = 0  # side of the largest square whose area they are scaled to
     joined: int = 0  # images that took their neighbours' shape
+    windows: int = 1  # of the text encoder, that hold every caption as far as it reads
 
     def __len__(self) -> int:
         return len(self.items)

@@ -19,13 +19,12 @@ def length_notes(images: ImageSet, words: TextEncoder) -> list[str]:
     """Why captions are read in several windows, and which are too long even so.
 
     Args:
-        images: with their captions.
+        images: with their captions, and the windows that these need.
         words: counts tokens.
     """
-    windows = windows_needed(images, words)
+    windows, inner = images.windows, words.tokens - 2
     if windows == 1:
         return []
-    inner = words.tokens - 2
     over: dict[int, int] = {}  # tokens more than one window holds, by the image
     for index, (text, weighted) in whole_texts(images):
         more = words.tokens_lost(text, weighted=weighted)

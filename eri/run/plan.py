@@ -12,7 +12,6 @@ from eri.run.cache_space import CacheSpace, cache_space
 from eri.run.dataset import Images
 from eri.run.device import choose_device, choose_dtype
 from eri.run.footprint import card_memory, footprint
-from eri.run.lengths import windows_needed
 from eri.run.plan_text import (
     cache_lines,
     image_lines,
@@ -173,7 +172,7 @@ def _memory(
         dropout=config.adapter.dropout,
         dtype=dtype,
         latents=(count, *(side // facts.latent_factor for side in shape)),
-        states=facts.words.tokens * windows_needed(images.train, facts.words),
+        states=facts.words.tokens * images.train.windows,
     )
     return memory_lines(
         needed,

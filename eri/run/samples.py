@@ -19,6 +19,7 @@ __all__ = [
     "Samples",
     "Steps",
     "Text",
+    "by_chance",
     "micro_batches",
     "plain_text",
     "texts_drawn",
@@ -66,10 +67,11 @@ class Samples(Sequence[Sample]):
 
     def of_number(self, index: int, number: int) -> Sample:
         """An image as sample `number` of the run shows it."""
-        versions = self.images.views[index]
-        draws = generator(self.seed, "view", sample=number)
-        view = int(torch.randint(len(versions), (), generator=draws)) if len(versions) > 1 else 0
-        return self._sample(index, view, text_of(self.images, index, number, self.seed))
+        versions, version = len(self.images.views[index]), 0
+        if versions > 1:
+            draws = generator(self.seed, "view", sample=number)
+            version = int(torch.randint(versions, (), generator=draws))
+        return self._sample(index, version, text_of(self.images, index, number, self.seed))
 
     def _sample(self, index: int, version: int, text: Text) -> Sample:
         item, source = self.images.items[index], self.images.source(index)
@@ -141,10 +143,23 @@ def whole_texts(images: ImageSet) -> Iterator[tuple[int, Text]]:
 def texts_drawn(
     images: ImageSet, batches: Batches, numbers: Iterable[int], seed: int
 ) -> Iterator[Text]:
-    """The caption of each sample in some micro-batches of a run."""
+    """What chance makes of the captions of the samples in some micro-batches of a run.
+
+    Nothing where captions hang on no chance: then the plain ones are all there are.
+    """
+    if not by_chance(images):
+        return
     for number in numbers:
         for index, sample in zip(*batches.batch(number), strict=True):
             yield text_of(images, index, sample, seed)
+
+
+def by_chance(images: ImageSet) -> bool:
+    """Whether the captions of samples hang on chance."""
+    rules = (source.caption for source in images.sources)
+    return any(one.varies or one.drop > 0 or one.lines for one in rules) or any(
+        len(item.captions) > 1 for item in images.items
+    )
 
 
 def plain_text(images: ImageSet, index: int) -> Text:

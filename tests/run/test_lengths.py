@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,25 +20,29 @@ def images(*captions: str, **rules: object) -> ImageSet:
     return ImageSet(items, (Shape(64, 64),) * len(items), (source,), 64)
 
 
+def notes(found: ImageSet, words: TextEncoder) -> list[str]:
+    return length_notes(replace(found, windows=windows_needed(found, words)), words)
+
+
 @pytest.fixture
 def words(sd15: Path) -> TextEncoder:
     return load_text(sd15, device="meta")
 
 
 def test_captions_of_one_window_need_no_word(words: TextEncoder) -> None:
-    assert length_notes(images("a " * 75, "short"), words) == []
-    assert length_notes(ImageSet(), words) == []
+    assert notes(images("a " * 75, "short"), words) == []
+    assert notes(ImageSet(), words) == []
 
 
 def test_one_long_caption_makes_all_of_them_long(words: TextEncoder) -> None:
-    assert length_notes(images("short", "a " * 80), words) == [
+    assert notes(images("short", "a " * 80), words) == [
         "the longest caption has 80 tokens (1.png), more than the 75 of a window; all captions "
         "are encoded in 2 windows"
     ]
 
 
 def test_a_caption_that_is_too_long_is_told(words: TextEncoder) -> None:
-    first, second = length_notes(images("a " * 230, "a " * 225, "a " * 226), words)
+    first, second = notes(images("a " * 230, "a " * 225, "a " * 226), words)
     assert first.startswith("the longest caption has 230 tokens (0.png), more than the 75 of a")
     assert first.endswith("all captions are encoded in 3 windows")
     assert second == (
@@ -47,14 +52,14 @@ def test_a_caption_that_is_too_long_is_told(words: TextEncoder) -> None:
 
 
 def test_it_is_the_caption_with_its_rules_that_counts(words: TextEncoder) -> None:
-    assert length_notes(images("a " * 70, prefix="a " * 10), words)
-    assert not length_notes(images("(" * 20 + "a " * 50 + ":1.2)" * 20, weights=True), words)
-    assert length_notes(images("(" * 20 + "a " * 50 + ":1.2)" * 20), words)
+    assert notes(images("a " * 70, prefix="a " * 10), words)
+    assert not notes(images("(" * 20 + "a " * 50 + ":1.2)" * 20, weights=True), words)
+    assert notes(images("(" * 20 + "a " * 50 + ":1.2)" * 20), words)
 
 
 def test_every_caption_counts_that_can_be_drawn(words: TextEncoder) -> None:
     found = images("short\n" + "a " * 80, lines=True)
     assert windows_needed(found, words) == 2
-    assert "80 tokens (0.png)" in length_notes(found, words)[0]
+    assert "80 tokens (0.png)" in notes(found, words)[0]
     assert windows_needed(images("{a|" + "a " * 80 + "}", wildcards=True), words) == 2
     assert windows_needed(images("a, " * 60, drop_tags=0.9), words) == 2
