@@ -13,6 +13,7 @@ from eri.adapters.targets import select
 from eri.errors import ModelError
 from eri.formats.adapter_file import LoRAPair, read_adapter
 from eri.layers import Conv2d, Linear, LoRAConv2d, LoRALinear
+from eri.layers.flat import Flat
 from eri.rng import generator
 
 __all__ = ["Adapter", "attach", "layer_shapes", "load_adapter"]
@@ -24,6 +25,7 @@ class Adapter:
     def __init__(self, model: nn.Module, layers: Mapping[str, LoRALinear | LoRAConv2d]) -> None:
         self.model = model
         self.layers = dict(layers)
+        self._flat: Flat | None = None
 
     def parameters(self) -> list[nn.Parameter]:
         """Every down and up matrix, in the model's order: what an optimizer is given."""
@@ -58,6 +60,8 @@ class Adapter:
             )
         for name, parameter in self.named_parameters():
             parameter.copy_(state[name])
+        if self._flat is not None:
+            self._flat.refresh()
 
     def pairs(self) -> dict[str, LoRAPair]:
         """The adapter as the file formats take it."""
@@ -86,6 +90,21 @@ class Adapter:
         """Multiply the adapter's effect by a number; 1 is as trained, 0 is the base model."""
         for layer in self.layers.values():
             layer.scale = strength * layer.alpha / layer.rank
+
+    def flatten(self, dtype: torch.dtype) -> Flat:
+        """Move all matrices into one piece of memory, down matrices first.
+
+        Layers that read the same input then have theirs side by side.
+
+        Args:
+            dtype: in which the model computes; the layers get shadows of this type.
+        """
+        named = sorted(self.named_parameters(), key=lambda pair: ".lora_b." in pair[0])
+        self._flat = flat = Flat(dict(named), dtype)
+        shadows = flat.views(flat.shadow)
+        for name, layer in self.layers.items():
+            layer.shadow(shadows[f"{name}.lora_a.weight"], shadows[f"{name}.lora_b.weight"])
+        return flat
 
     def detach(self) -> None:
         """Put the base layers back: the model computes what it did before."""

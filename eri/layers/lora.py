@@ -56,12 +56,25 @@ class LoRALayer(nn.Module, Generic[Layer]):
         self.alpha = float(self.rank if alpha is None else alpha)
         self.scale = self.alpha / self.rank
         self._unmerged_weight: Tensor | None = None
+        self._shadows: tuple[Tensor, Tensor] | None = None
         self.reset_lora_parameters(generator)
 
     @property
     def merged(self) -> bool:
         """Whether the update is part of the base's weight now."""
         return self._unmerged_weight is not None
+
+    def shadow(self, lora_a: Tensor, lora_b: Tensor) -> None:
+        """Take copies of the pair in another type, which whoever changes the pair keeps equal."""
+        self._shadows = (lora_a, lora_b)
+
+    def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A as `[rank, fan_in]` and B as `[out, rank]` in a type, the shadows where they have it."""
+        pair = self.lora_a.weight, self.lora_b.weight
+        if self._shadows is not None and self._shadows[0].dtype == dtype:
+            pair = self._shadows
+        a, b = (matrix.flatten(1).to(dtype) for matrix in pair)
+        return a, b
 
     def delta(self) -> Tensor:
         """The update scale · B A in the shape of the base's weight, float32 at least."""
