@@ -25,7 +25,7 @@ def frozen_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 class _FrozenConv(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 (autograd's order)
         ctx: Any,
         x: Tensor,
         weight: Tensor,

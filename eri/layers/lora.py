@@ -69,7 +69,7 @@ class LoRALayer(nn.Module, Generic[Layer]):
         self._shadows = (lora_a, lora_b)
 
     def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A as `[rank, fan_in]` and B as `[out, rank]` in a type, the shadows where they have it."""
+        """A `[rank, fan_in]` and B `[out, rank]` in a type: the shadows where they have it."""
         pair = self.lora_a.weight, self.lora_b.weight
         if self._shadows is not None and self._shadows[0].dtype == dtype:
             pair = self._shadows

@@ -7,14 +7,14 @@ $$y = x\,W^T + s\,H B^T,\quad H = x A^T$$
 
 is three launches for all of them, the last of which adds onto y in place. The backward pass is
 
-$$P = dy\,B,\quad dx = dy\,W + s\,P A,\quad dA \mathrel{+}= s\,P^T x,\quad dB \mathrel{+}= s\,dy^T H$$
+$$P = dy\,B,\quad dx = dy\,W + s\,P A,\quad \Delta A = s\,P^T x,\quad \Delta B = s\,dy^T H$$
 
-and adds dA and dB in float32 straight onto the parameters' `grad`, without a tensor between
+and adds ΔA and ΔB in float32 straight onto the parameters' `grad`, without a tensor between
 ("gradient accumulation fusion": Shoeybi et al., arXiv 1909.08053, and its code).
 
 Three functions wrap it for autograd, each keeping what cannot be computed again cheaply:
-`project` its input, `norm_project` the input of a LayerNorm before it, `geglu_project` the input of
-a gate before it.
+`project` its input, `norm_project` the input of a LayerNorm before it, `feed_forward` its input and
+what goes into its gate.
 
 Source: Hu et al., "LoRA", arXiv 2106.09685; Chen et al., "Training Deep Nets with Sublinear Memory
 Cost", arXiv 1604.06174.
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from eri.layers.geglu import geglu, geglu_backward
 from eri.layers.lora import LoRALayer
 
-__all__ = ["Projection", "geglu_project", "norm_project", "project", "side_by_side"]
+__all__ = ["Projection", "feed_forward", "norm_project", "project", "side_by_side"]
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
@@ -170,10 +170,21 @@ def norm_project(x: Tensor, norm: nn.LayerNorm, *layers: nn.Module) -> Tensor:
     return _NormProject.apply(x, norm, projection, *projection.parameters)
 
 
-def geglu_project(u: Tensor, layer: nn.Module, *, residual: Tensor) -> Tensor:
-    """Run a linear layer on `geglu(u)` `[..., K]` of u `[..., 2·K]`, keeping u; see `project`."""
-    projection = Projection([layer], u.dtype)
-    return _GEGLUProject.apply(u, residual, projection, *projection.parameters)
+def feed_forward(
+    x: Tensor, norm: nn.LayerNorm, inner: nn.Module, outer: nn.Module, *, recompute: bool = False
+) -> Tensor:
+    """`x + outer(geglu(inner(norm(x))))`, keeping x and what `inner` gave.
+
+    Args:
+        x: `[..., D]`.
+        norm: before the first layer.
+        inner: D to 2·W, values and gates; plain or with a low-rank update.
+        outer: W to D; likewise.
+        recompute: whether the backward pass runs `inner` again instead of keeping what it gave.
+    """
+    first, second = Projection([inner], x.dtype), Projection([outer], x.dtype)
+    parameters = (*first.parameters, *second.parameters)
+    return _FeedForward.apply(x, norm, first, second, recompute, *parameters)
 
 
 class _Project(torch.autograd.Function):
@@ -215,44 +226,58 @@ class _NormProject(torch.autograd.Function):
         n = _layer_norm(x, norm)[0].flatten(0, -2)
         needs_dx = ctx.needs_input_grad[0]
         dn = ctx.projection.backward(grads[0].flatten(0, -2), n, hidden, needs_dx)
-        dx = None
-        if dn is not None:
-            dx = torch.ops.aten.native_layer_norm_backward(
-                dn.view(x.shape),
-                x,
-                norm.normalized_shape,
-                mean,
-                rstd,
-                norm.weight,
-                norm.bias,
-                [True, False, False],
-            )[0]
+        dx = None if dn is None else _layer_norm_backward(dn, x, norm, mean, rstd)
         return dx, None, None, *[None] * len(ctx.projection.parameters)
 
 
-class _GEGLUProject(torch.autograd.Function):
+class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, u: Tensor, residual: Tensor, projection: Projection, *parameters: Tensor
+    def forward(  # noqa: PLR0917 (autograd's order)
+        ctx: Any,
+        x: Tensor,
+        norm: nn.LayerNorm,
+        inner: Projection,
+        outer: Projection,
+        recompute: bool,
+        *parameters: Tensor,
     ) -> Tensor:
-        y, hidden = projection.forward(geglu(u).flatten(0, -2))
-        ctx.projection = projection
-        ctx.save_for_backward(u, *hidden)
-        return y.unflatten(0, u.shape[:-1]).add_(residual)
+        n, mean, rstd = _layer_norm(x, norm)
+        u, inner_hidden = inner.forward(n.flatten(0, -2))
+        y, outer_hidden = outer.forward(geglu(u))
+        ctx.norm, ctx.inner, ctx.outer, ctx.inputs = norm, inner, outer, len(parameters)
+        ctx.split = len(inner_hidden)
+        kept = None if recompute else u
+        ctx.save_for_backward(x, mean, rstd, kept, *inner_hidden, *outer_hidden)
+        return y.unflatten(0, x.shape[:-1]).add_(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        u, *hidden = ctx.saved_tensors
+        x, mean, rstd, u, *hidden = ctx.saved_tensors
+        inner_hidden, outer_hidden = hidden[: ctx.split], hidden[ctx.split :]
         dy = grads[0].flatten(0, -2)
-        da = ctx.projection.backward(dy, geglu(u).flatten(0, -2), hidden, True)
-        du = geglu_backward(da.view(*u.shape[:-1], -1), u)
-        d_residual = grads[0] if ctx.needs_input_grad[1] else None
-        return du, d_residual, None, *[None] * len(ctx.projection.parameters)
+        n = _layer_norm(x, ctx.norm)[0].flatten(0, -2)
+        if u is None:
+            u = ctx.inner.forward(n)[0]
+        da = ctx.outer.backward(dy, geglu(u), outer_hidden, True)
+        dn = ctx.inner.backward(geglu_backward(da, u), n, inner_hidden, ctx.needs_input_grad[0])
+        dx = None
+        if dn is not None:
+            dx = _layer_norm_backward(dn, x, ctx.norm, mean, rstd).add_(grads[0])
+        return dx, *[None] * (4 + ctx.inputs)
 
 
 def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
     """The normalised x, and mean and 1 / deviation of each row."""
     return torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _layer_norm_backward(
+    dn: Tensor, x: Tensor, norm: nn.LayerNorm, mean: Tensor, rstd: Tensor
+) -> Tensor:
+    """The gradient of x from that of the normalised x, `[T, D]`."""
+    shape, frozen = norm.normalized_shape, [True, False, False]
+    backward = torch.ops.aten.native_layer_norm_backward
+    return backward(dn.view(x.shape), x, shape, mean, rstd, norm.weight, norm.bias, frozen)[0]
 
 
 def _update(layers: Sequence[LoRALayer], start: int, dtype: torch.dtype) -> _Update | None:

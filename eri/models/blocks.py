@@ -4,8 +4,12 @@ Shapes: B batch, C channels, H W height and width of a map, T tokens (H·W for a
 token, E width of the time embedding, S tokens of the context, K their width.
 """
 
+from collections.abc import Callable
+from typing import Literal, get_args
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from eri.layers import (
     GELU,
@@ -17,15 +21,27 @@ from eri.layers import (
     LoRAAttention,
     MultiHeadAttention,
 )
+from eri.layers.frozen_conv import frozen_conv
+from eri.layers.group_norm_silu import group_norm_silu
+from eri.layers.projection import feed_forward, project
 
 __all__ = [
     "MLP",
+    "RECOMPUTE",
     "BasicTransformerBlock",
     "GEGLUFeedForward",
+    "Recompute",
     "ResNetBlock",
     "SpatialTransformer",
     "TransformerBlock",
 ]
+
+Recompute = Literal["nothing", "feed-forward", "projections", "blocks"]
+"""What of a transformer block the backward pass computes again instead of keeping: what goes into
+the gate; the queries, keys and values as well; the whole block."""
+
+RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
+"""From the most memory to the least."""
 
 
 class ResNetBlock(nn.Module):
@@ -59,6 +75,7 @@ class ResNetBlock(nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        self.lean = False  # see `eri.models.arrange`
         self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = Conv2d(in_channels, out_channels, 3, 1, 1)
         self.time_proj = None if temb_channels is None else Linear(temb_channels, out_channels)
@@ -70,13 +87,20 @@ class ResNetBlock(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """Map `x` `[B, C, H, W]` and `temb` `[B, E]` to `[B, C', H, W]`."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self._convolve(x, self.norm1, self.conv1)
         if self.time_proj is not None:
             if temb is None:
                 raise ValueError("ResNetBlock was built with a time embedding: pass temb [B, E]")
             h = h + self.time_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.shortcut is None else self.shortcut(x))
+        h = self._convolve(h, self.norm2, self.conv2)
+        if self.shortcut is not None:
+            x = frozen_conv(x, self.shortcut) if self.lean else self.shortcut(x)
+        return h + x
+
+    def _convolve(self, x: Tensor, norm: GroupNorm, conv: Conv2d) -> Tensor:
+        if self.lean:
+            return frozen_conv(group_norm_silu(x, norm), conv)
+        return conv(F.silu(norm(x)))
 
 
 class GEGLUFeedForward(nn.Module):
@@ -127,6 +151,8 @@ class BasicTransformerBlock(nn.Module):
                 dim, heads, lora_rank, alpha=lora_alpha, context_dim=key_dim, norm_groups=None
             )
 
+        self.lean = False  # see `eri.models.arrange`
+        self.recompute: Recompute = "nothing"
         self.norm1 = LayerNorm(dim)
         self.attn1 = attention(None)
         self.norm2 = LayerNorm(dim)
@@ -136,9 +162,38 @@ class BasicTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Map tokens `[B, T, D]` and context `[B, S, K]` to `[B, T, D]`."""
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+        if self.recompute == "blocks":
+            return _recomputed(self._run, x, context)
+        return self._run(x, context)
+
+    def _run(self, x: Tensor, context: Tensor) -> Tensor:
+        attend, feed = (
+            (self._lean_attend, self._lean_feed) if self.lean else (self._attend, self._feed)
+        )
+        x = attend(x, self.norm1, self.attn1, None)
+        x = attend(x, self.norm2, self.attn2, context)
+        return feed(x)
+
+    def _attend(
+        self, x: Tensor, norm: LayerNorm, attention: LoRAAttention, context: Tensor | None
+    ) -> Tensor:
+        if self.recompute == "projections":
+            return x + _recomputed(lambda x: attention(norm(x), context), x)
+        return x + attention(norm(x), context)
+
+    def _feed(self, x: Tensor) -> Tensor:
+        if self.recompute in {"feed-forward", "projections"}:
+            return x + _recomputed(lambda x: self.ff(self.norm3(x)), x)
         return x + self.ff(self.norm3(x))
+
+    def _lean_attend(
+        self, x: Tensor, norm: LayerNorm, attention: LoRAAttention, context: Tensor | None
+    ) -> Tensor:
+        return attention.lean(x, norm, context, recompute=self.recompute == "projections")
+
+    def _lean_feed(self, x: Tensor) -> Tensor:
+        again = self.recompute in {"feed-forward", "projections"}
+        return feed_forward(x, self.norm3, self.ff.proj_in, self.ff.proj_out, recompute=again)
 
 
 class SpatialTransformer(nn.Module):
@@ -178,6 +233,7 @@ class SpatialTransformer(nn.Module):
                 Linear(channels, channels) if linear_projection else Conv2d(channels, channels, 1)
             )
 
+        self.lean = False  # see `eri.models.arrange`
         self.linear_projection = linear_projection
         self.norm = GroupNorm(groups, channels, 1e-6)
         self.proj_in = projection()
@@ -192,6 +248,8 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Map `x` `[B, C, H, W]` and context `[B, S, K]` to `[B, C, H, W]`."""
         height, width = x.shape[-2:]
+        if self.lean:
+            return _map(self._lean_run(x, context), height, width)
         h = self.norm(x)
         if self.linear_projection:
             h = self.proj_in(_tokens(h))
@@ -204,6 +262,18 @@ class SpatialTransformer(nn.Module):
         else:
             h = self.proj_out(_map(h, height, width))
         return x + h
+
+    def _lean_run(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """The result as tokens `[B, H·W, C]`; a 1×1 convolution is a linear layer on pixels."""
+        h = project(_tokens(group_norm_silu(x, self.norm, silu=False)), self.proj_in)
+        for block in self.blocks:
+            h = block(h, context)
+        return project(h, self.proj_out, residual=_tokens(x))
+
+
+def _recomputed(run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`run(*inputs)`, of which the backward pass keeps the inputs and computes the rest again."""
+    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=True)
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eri.layers import Conv2d, LoRAAttention, LoRAConv2d, LoRALinear
+from eri.layers.frozen_conv import frozen_conv
 from eri.models.blocks import ResNetBlock, SpatialTransformer
 
 __all__ = ["LoRAUNetBlock", "UNetConfig"]
@@ -126,6 +127,7 @@ class LoRAUNetBlock(nn.Module):
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
+        self.lean = False  # see `eri.models.arrange`
         self.config = config
         skips = config.skip_channels or (0,) * len(config.attend)
         widths = [config.in_channels] + [config.out_channels] * (len(config.attend) - 1)
@@ -190,11 +192,14 @@ class LoRAUNetBlock(nn.Module):
             x = layer(x, temb, context)
             _push(skips, x, pops)
         if self.downsample is not None:
-            x = self.downsample(x)
+            x = self._resample(x, self.downsample)
             _push(skips, x, pops)
         if self.upsample is not None:
-            x = self.upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            x = self._resample(F.interpolate(x, scale_factor=2.0, mode="nearest"), self.upsample)
         return x
+
+    def _resample(self, x: Tensor, conv: Conv2d) -> Tensor:
+        return frozen_conv(x, conv) if self.lean else conv(x)
 
     def _layer(self, index: int) -> _Layer:
         layer = self.layers[index]

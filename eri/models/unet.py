@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from eri.formats.parts import Family
 from eri.layers import Conv2d, GroupNorm, Linear
+from eri.layers.frozen_conv import frozen_conv
+from eri.layers.group_norm_silu import group_norm_silu
 from eri.models.stage import LoRAUNetBlock, UNetConfig
 
 __all__ = ["UNet", "UNetSpec", "sinusoid"]
@@ -91,6 +93,7 @@ class UNet(nn.Module):
 
     def __init__(self, spec: UNetSpec) -> None:
         super().__init__()
+        self.lean = False  # see `eri.models.arrange`
         self.spec = spec
         channels, temb = spec.model_channels, spec.temb_channels
         self.conv_in = Conv2d(spec.in_channels, channels, 3, 1, 1)
@@ -149,6 +152,8 @@ class UNet(nn.Module):
         x = self.mid(x, temb, context)
         for stage in self.up:
             x = stage(x, temb, context, skips)
+        if self.lean:
+            return frozen_conv(group_norm_silu(x, self.norm_out), self.conv_out)
         return self.conv_out(F.silu(self.norm_out(x)))
 
     def _embed(
