@@ -1,6 +1,6 @@
 """What a run minimises: the denoising loss of its images, with every draw keyed by the sample."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +47,7 @@ def pixel_weights(samples: Sequence[Sample]) -> Tensor | None:
 
 
 class Objective:
-    """A batch to the loss of each of its samples.
+    """A batch to the loss of each of its samples, by way of the tensors that it is computed from.
 
     Noise, timestep and latent draw are functions of the seed and the sample's number in the run,
     so resuming, and accumulating instead of a larger batch, do not change them.
@@ -65,22 +65,36 @@ class Objective:
         self.seed = seed
         self.drops = drops
 
-    def __call__(self, batch: SampleBatch) -> Tensor:
-        """The loss of each sample, times its weight, float32 `[B]`."""
+    def draw(self, batch: SampleBatch) -> dict[str, Tensor]:
+        """All that the loss of a batch is computed from, by the names of `__call__`."""
         shape = tuple(batch.samples[0].mean.shape)
         mean = torch.stack([sample.mean for sample in batch.samples])
         std = torch.stack([sample.std for sample in batch.samples])
-        draws = normal(shape, self.seed, "latent", samples=batch.numbers)
-        latents = mean + std * draws.to(mean.device)
-        noise = normal(shape, self.seed, "noise", samples=batch.numbers)
-        timesteps = torch.stack([self._timestep(number) for number in batch.numbers])
         if self.drops:
             draws = generator(self.seed, "dropout", sample=batch.numbers[0])
             torch.manual_seed(draws.initial_seed())
-        conditions = conditions_of(self.unet, batch.samples)
-        weights = pixel_weights(batch.samples)
-        loss = self.loss_at(latents, noise, timesteps, conditions, weights=weights)
-        return loss * torch.tensor([sample.weight for sample in batch.samples], device=loss.device)
+        inputs = {
+            "mean": mean,
+            "std": std,
+            "latent": normal(shape, self.seed, "latent", samples=batch.numbers),
+            "noise": normal(shape, self.seed, "noise", samples=batch.numbers),
+            "timesteps": torch.stack([self._timestep(number) for number in batch.numbers]),
+            "shares": torch.tensor([sample.weight for sample in batch.samples]),
+        }
+        conditions = conditions_of(self.unet, batch.samples)._asdict()
+        optional = conditions | {"weights": pixel_weights(batch.samples)}
+        return inputs | {name: tensor for name, tensor in optional.items() if tensor is not None}
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The loss of each sample, times its weight, float32 `[B]`; from what `draw` gave."""
+        loss = self.loss_at(
+            inputs["mean"] + inputs["std"] * inputs["latent"],
+            inputs["noise"],
+            inputs["timesteps"],
+            Conditions(inputs["context"], inputs.get("pooled"), inputs.get("time_ids")),
+            weights=inputs.get("weights"),
+        )
+        return loss * inputs["shares"]
 
     def loss_at(
         self,

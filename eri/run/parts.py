@@ -2,14 +2,15 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch.amp import GradScaler
 
 from eri.adapters import Adapter, attach
 from eri.config import Config
 from eri.diffusion import NoiseSchedule
+from eri.models.arrange import arrange
 from eri.models.unet import UNet
 from eri.models.vae import VAE
 from eri.run.base import BaseFacts
@@ -21,9 +22,9 @@ from eri.run.objective import Objective
 from eri.run.plan import RunPlan
 from eri.run.preview import Painter, Previews
 from eri.run.samples import Samples, micro_batches, texts_drawn, texts_of
-from eri.train import OPTIMIZERS, TrainState
+from eri.train import Graphs, Step, TrainState, Workspace
 
-__all__ = ["Encoded", "Parts", "build", "encode"]
+__all__ = ["Encoded", "Parts", "build", "encode", "is_lean"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Parts:
     adapter: Adapter
     state: TrainState
     objective: Objective
+    step: Step
+    workspace: Callable[[], AbstractContextManager[None]]  # for what runs between steps
     samples: Samples
     validation: Samples
     previews: Previews
@@ -103,13 +106,25 @@ def build(
         seed=config.train.seed,
     )
     unet.train()
+    on_gpu = plan.device.type == "cuda"
+    if on_gpu:
+        arrange(unet, lean=is_lean(config), recompute="nothing")
+    state = TrainState(adapter.flatten(plan.dtype), scaling=plan.dtype == torch.float16)
+    objective = Objective(unet, schedule, seed=config.train.seed, drops=config.adapter.dropout > 0)
+    workspace = Workspace(plan.device) if on_gpu else None
     return Parts(
         unet=unet,
         adapter=adapter,
-        state=_state(config, plan, adapter),
-        objective=Objective(
-            unet, schedule, seed=config.train.seed, drops=config.adapter.dropout > 0
+        state=state,
+        objective=objective,
+        step=Step(
+            state,
+            objective,
+            weight_decay=config.train.weight_decay,
+            max_grad_norm=config.train.max_grad_norm,
+            graphs=None if workspace is None else Graphs(workspace),
         ),
+        workspace=workspace or nullcontext,
         samples=encoded.samples,
         validation=encoded.validation,
         previews=Previews(
@@ -124,15 +139,9 @@ def build(
     )
 
 
-def _state(config: Config, plan: RunPlan, adapter: Adapter) -> TrainState:
-    parameters = dict(adapter.named_parameters())
-    optimizer = OPTIMIZERS[config.train.optimizer]
-    return TrainState(
-        step=0,
-        parameters=parameters,
-        optimizer=optimizer(parameters.values(), config.train.lr, config.train.weight_decay),
-        scaler=GradScaler(plan.device.type, enabled=plan.dtype == torch.float16),
-    )
+def is_lean(config: Config) -> bool:
+    """Whether the blocks of a U-Net on a GPU keep little; see `eri.models.arrange`."""
+    return config.adapter.dropout == 0 and config.train.backend != "reference"
 
 
 def _painter(config: Config, unet: UNet, vae: VAE, schedule: NoiseSchedule) -> Painter:

@@ -124,7 +124,6 @@ def _loop(config: Config, steps: int) -> Plan:
         lr=train.lr,
         schedule=train.schedule,
         warmup=train.warmup,
-        max_grad_norm=train.max_grad_norm,
         sample_every=config.sample.every,
         save_every=config.save.every,
     )

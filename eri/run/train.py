@@ -202,25 +202,30 @@ class _Run:
         log_file = self.folder / "log.jsonl"
         cut(log_file, state.step)
         if self.images.validation.items:
-            before = Validation(self.folder, parts, self.images.validation.fingerprint).before()
+            with parts.workspace():
+                before = Validation(self.folder, parts, self.images.validation.fingerprint).before()
             self.say(f"held-out loss {before.mean:.4f} at the start")
         if self.plan.loop.sample_every and state.step == 0:
             self.say("drawing the previews of the base model")
-            parts.previews.draw(0, stop)
+            self._draw(parts, 0, stop)
 
         steps = self.plan.loop.steps
         with Log(log_file, steps=steps, step=state.step, console=self.console) as log:
             train_loop(
                 self.plan.loop,
                 state,
-                loss=parts.objective,
+                step=parts.step,
                 batches=batches,
                 log=log,
-                sample=lambda step: parts.previews.draw(step, stop),
+                sample=lambda step: self._draw(parts, step, stop),
                 save=lambda: self._save(parts),
                 stop=stop,
             )
         remember_rate(self.plan.pace, log.images_per_second)
+
+    def _draw(self, parts: Parts, step: int, stop: Callable[[], bool]) -> None:
+        with parts.workspace():
+            parts.previews.draw(step, stop)
 
     def _save(self, parts: Parts) -> None:
         """Write an adapter of this step and the state, then delete old states."""
@@ -240,10 +245,12 @@ class _Run:
         step = parts.state.step
         if self.images.validation.items:
             images = self.images.validation.fingerprint
-            self.say(Validation(self.folder, parts, images).compare())
+            with parts.workspace():
+                self.say(Validation(self.folder, parts, images).compare())
         sheet = None
         if self.plan.loop.sample_every:
-            sheet = parts.previews.sheet(step, examples, stop)
+            with parts.workspace():
+                sheet = parts.previews.sheet(step, examples, stop)
             if sheet is None:
                 return False
         path = finished_adapter(self.folder)

@@ -1,22 +1,25 @@
-"""Training: the loop, the step, optimizers, what a run remembers, and what it says."""
+"""Training: the loop, the step, the schedule, what a run remembers, and what it says."""
 
+from eri.train.graphs import Graphs, Workspace
 from eri.train.log import Log, cut, say
 from eri.train.loop import Plan, train
-from eri.train.optimizers import OPTIMIZERS, learning_rate
+from eri.train.schedule import learning_rate
 from eri.train.state import TrainState
-from eri.train.step import Loss, MicroBatch, StepNumbers, update
+from eri.train.step import Loss, MicroBatch, Pending, Step, StepNumbers
 
 __all__ = [
-    "OPTIMIZERS",
+    "Graphs",
     "Log",
     "Loss",
     "MicroBatch",
+    "Pending",
     "Plan",
+    "Step",
     "StepNumbers",
     "TrainState",
+    "Workspace",
     "cut",
     "learning_rate",
     "say",
     "train",
-    "update",
 ]

@@ -3,7 +3,6 @@
 import json
 import math
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -16,7 +15,7 @@ from rich.text import Text
 
 from eri.files import atomic_write
 from eri.printable import printable
-from eri.train.step import MicroBatch, StepNumbers
+from eri.train.step import Pending, StepNumbers
 
 __all__ = ["Log", "cut", "say"]
 
@@ -69,24 +68,16 @@ class Log:
         """Print a line, above the bar where there is one."""
         say(self.console, text)
 
-    def step(
-        self,
-        step: int,
-        numbers: StepNumbers,
-        *,
-        lr: float,
-        seconds: float,
-        batches: Sequence[MicroBatch],
-    ) -> None:
+    def step(self, pending: Pending, numbers: StepNumbers, *, lr: float, seconds: float) -> None:
         """Record one finished step.
 
         Args:
-            step: counted from 1.
-            numbers: of the update.
+            pending: the step.
+            numbers: of its update.
             lr: the learning rate it used.
             seconds: it took.
-            batches: its micro-batches.
         """
+        step = pending.step
         self._seconds += seconds
         self._done += 1
         rate = numbers.samples / seconds
@@ -97,7 +88,7 @@ class Log:
             "grad_norm": numbers.grad_norm if math.isfinite(numbers.grad_norm) else None,
             "lr": lr,
             "images_per_second": round(rate, 3),
-            "files": [file for batch in batches for file in batch.files],
+            "files": list(pending.files),
         }
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()

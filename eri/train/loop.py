@@ -1,15 +1,18 @@
 """The training loop, on one screen."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
 from eri.train.log import Log
-from eri.train.optimizers import learning_rate
+from eri.train.schedule import learning_rate
 from eri.train.state import TrainState
-from eri.train.step import Loss, MicroBatch, update
+from eri.train.step import MicroBatch, Pending, Step
 
 __all__ = ["Plan", "train"]
+
+AHEAD = 2  # steps that the host may be ahead of the device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +23,6 @@ class Plan:
     lr: float
     schedule: str
     warmup: int  # steps
-    max_grad_norm: float | None
     sample_every: int  # steps; 0: never
     save_every: int  # steps
 
@@ -29,7 +31,7 @@ def train(
     plan: Plan,
     state: TrainState,
     *,
-    loss: Loss,
+    step: Step,
     batches: Callable[[int], Sequence[MicroBatch]],
     log: Log,
     sample: Callable[[int], object],
@@ -41,29 +43,44 @@ def train(
     Args:
         plan: the settings.
         state: what is trained, at the step to go on from.
-        loss: the loss of each sample of a micro-batch.
+        step: updates it.
         batches: the micro-batches of a step, counted from 0; a pure function.
         log: is told of every step.
         sample: draws the previews of a step; those of the last step are the caller's.
         save: writes the state to disk, unless its step is there already.
         stop: whether the run was asked to stop.
     """
+    running: deque[tuple[Pending, float]] = deque()
+    began = perf_counter()
+
+    def finish(all_but: int) -> None:
+        """Wait for the oldest steps that the device works on, and tell of them."""
+        nonlocal began
+        while len(running) > all_but:
+            pending, lr = running.popleft()
+            numbers = pending.result()
+            ended = perf_counter()
+            log.step(pending, numbers, lr=lr, seconds=ended - began)
+            began = ended
+
     while state.step < plan.steps and not stop():
-        began = perf_counter()
-        micro_batches = batches(state.step)
         lr = learning_rate(
             plan.lr, plan.schedule, step=state.step, steps=plan.steps, warmup=plan.warmup
         )
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        numbers = update(state, loss, micro_batches, plan.max_grad_norm)
+        running.append((step(batches(state.step), lr), lr))
         state.step += 1
-        log.step(state.step, numbers, lr=lr, seconds=perf_counter() - began, batches=micro_batches)
+        finish(AHEAD)
 
-        if _due(plan.save_every, state.step) or state.step == plan.steps:
-            save()
-        if _due(plan.sample_every, state.step):
-            sample(state.step)
+        saves = _due(plan.save_every, state.step) or state.step == plan.steps
+        samples = _due(plan.sample_every, state.step)
+        if saves or samples:
+            finish(0)
+            if saves:
+                save()
+            if samples:
+                sample(state.step)
+            began = perf_counter()
+    finish(0)
     if state.step:
         save()
 

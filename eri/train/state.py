@@ -1,65 +1,75 @@
 """Everything that a run has to remember between two steps, in one object."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.amp import GradScaler
-from torch.optim import Optimizer
+from torch import Tensor
 
 from eri.errors import ModelError
+from eri.layers.adamw import CONTROL_SIZE, Control
+from eri.layers.flat import Flat
 
 __all__ = ["TrainState"]
 
 SEPARATOR = "/"  # no parameter name has one: <parameter>/<what the optimizer keeps of it>
+KEPT = ("exp_avg", "exp_avg_sq")  # of each parameter: AdamW's moments
+NUMBERS = {"updates": Control.UPDATES, "scale": Control.SCALE, "growth": Control.GROWTH}
+FIRST_SCALE = 2.0**16  # of fp16's loss
 
 
-@dataclass
 class TrainState:
     """The step reached, what trains, and what the optimizer and the loss scaler remember.
 
     Nothing else of a run is stateful: data order and noise are functions of the step.
+
+    Args:
+        flat: the parameters, with their gradients and moments.
+        scaling: whether the loss is scaled, as fp16 needs.
     """
 
-    step: int  # updates done
-    parameters: dict[str, nn.Parameter]
-    optimizer: Optimizer
-    scaler: GradScaler  # of fp16's loss; disabled for other types
+    def __init__(self, flat: Flat, *, scaling: bool = False) -> None:
+        self.step = 0  # done, those included whose update an overflow took
+        self.flat = flat
+        self.scaling = scaling
+        # the numbers that steps read and write on the device; see `eri.layers.adamw`
+        self.control = torch.zeros(CONTROL_SIZE, device=flat.master.device)
+        self.control[Control.SCALE] = FIRST_SCALE if scaling else 1.0
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """What the optimizer keeps of each parameter, by `<parameter>/<name>`."""
         return {
-            f"{name}{SEPARATOR}{key}": torch.as_tensor(value)
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state[parameter].items()
+            f"{name}{SEPARATOR}{key}": view
+            for key in KEPT
+            for name, view in self.flat.views(getattr(self.flat, key)).items()
         }
 
     def numbers(self) -> dict[str, object]:
         """The rest, as JSON can hold it."""
-        return {"step": self.step, "scaler": self.scaler.state_dict()}
+        control = self.control.tolist()
+        return {"step": self.step} | {name: control[place] for name, place in NUMBERS.items()}
 
+    @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, object]) -> None:
         """Take what `optimizer_tensors` and `numbers` gave.
 
         Raises:
             ModelError: they belong to other parameters, or a number is missing.
         """
-        states: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
-        for key, tensor in tensors.items():
-            name, _, what = key.rpartition(SEPARATOR)
-            if name not in states:
-                raise ModelError(f"the optimizer state speaks of {name!r}, which does not train")
-            states[name][what] = tensor
-        step, scaler = numbers.get("step"), numbers.get("scaler")
-        if not isinstance(step, int) or not isinstance(scaler, dict):
-            raise ModelError("the state lacks its step or its loss scaler")
-        if step and not all(states.values()):
-            missing = next(name for name, state in states.items() if not state)
-            raise ModelError(f"the optimizer state lacks {missing!r}")
-        packed = self.optimizer.state_dict()
-        packed["state"] = dict(enumerate(states[name] for name in self.parameters)) if step else {}
-        self.optimizer.load_state_dict(packed)
-        if scaler:
-            self.scaler.load_state_dict(scaler)
+        mine = self.optimizer_tensors()
+        strange = sorted(tensors.keys() - mine.keys())
+        if strange:
+            name = strange[0].rpartition(SEPARATOR)[0]
+            raise ModelError(f"the optimizer state speaks of {name!r}, which does not train")
+        missing = sorted(mine.keys() - tensors.keys())
+        if missing:
+            raise ModelError(f"the optimizer state lacks {missing[0]!r}")
+        step = numbers.get("step")
+        found = {name: numbers.get(name) for name in NUMBERS}
+        wrong = [name for name, value in found.items() if not isinstance(value, int | float)]
+        if not isinstance(step, int) or wrong:
+            raise ModelError(f"the state lacks its {wrong[0] if wrong else 'step'}")
+        for name, tensor in tensors.items():
+            mine[name].copy_(tensor)
+        for name, place in NUMBERS.items():
+            self.control[place] = found[name]
         self.step = step

@@ -1,6 +1,12 @@
-"""One update of the adapter: micro-batches, backward, clip, check, optimizer."""
+"""One update of the adapter: micro-batches, backward, clip, check, optimizer.
 
-from collections.abc import Callable, Sequence
+Nothing in it waits for the device. What changes from step to step is written to the device before,
+and its loss and gradient norm come back beside it; whoever wants them asks `Pending` later. So the
+host prepares the next step while the device works on this one, and a step can be captured as a
+CUDA graph.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,9 +14,15 @@ import torch
 from torch import Tensor
 
 from eri.errors import NonFiniteError
+from eri.layers.adamw import Control, adamw_, adamw_workspace
+from eri.train.graphs import Graphs
 from eri.train.state import TrainState
 
-__all__ = ["Loss", "MicroBatch", "StepNumbers", "update"]
+__all__ = ["Loss", "MicroBatch", "Pending", "Step", "StepNumbers"]
+
+GROWTH_INTERVAL = 2000  # steps without an overflow after which fp16's loss scale is doubled
+
+Inputs = Mapping[str, Tensor]
 
 
 class MicroBatch(Protocol):
@@ -26,10 +38,16 @@ class MicroBatch(Protocol):
         ...
 
 
-Loss = Callable[[Any], Tensor]
-"""A micro-batch to the loss of each of its samples, float32 `[B]`."""
+class Loss(Protocol):
+    """What is minimised."""
 
-SMALLEST_SCALE = 1.0  # fp16 halves its loss scale at an overflow; below this it is none of fp16's
+    def draw(self, batch: Any) -> Inputs:
+        """All that the loss of a micro-batch is computed from, chance included."""
+        ...
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """The loss of each sample, float32 `[B]`: on the device, without waiting for it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -41,48 +59,120 @@ class StepNumbers:
     samples: int
 
 
-def update(
-    state: TrainState, loss: Loss, batches: Sequence[MicroBatch], max_grad_norm: float | None
-) -> StepNumbers:
-    """Update the parameters once from some micro-batches, each sample with the same weight.
+@dataclass(frozen=True)
+class Pending:
+    """A step that the device may be working on still."""
+
+    step: int  # counted from 1
+    files: Sequence[str]
+    _numbers: Tensor  # of the control block, on the host once the event has come
+    _event: torch.cuda.Event | None
+
+    def result(self) -> StepNumbers:
+        """Wait for the step, and tell what it was like.
+
+        Raises:
+            NonFiniteError: its loss or its gradient is not finite; neither it nor any later step
+                has changed anything.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        loss, norm = self._numbers[Control.LOSS].item(), self._numbers[Control.GRAD_NORM].item()
+        if self._numbers[Control.BAD] != 0:
+            raise NonFiniteError(
+                f"the loss is {loss:g} and the gradient's norm {norm:g}",
+                where=f"step {self.step}",
+                hint="try a smaller train.lr, and look at these images; "
+                "what was saved before is untouched",
+                problems=self.files,
+            )
+        return StepNumbers(loss, norm, len(self.files))
+
+
+class Step:
+    """Updates a state, each sample of a step with the same weight.
 
     Args:
-        state: its parameters and optimizer are changed; its step is not.
-        loss: the loss of each sample of a micro-batch.
-        batches: the micro-batches.
+        state: its parameters and what the optimizer keeps are changed; its step is not.
+        loss: of each sample of a micro-batch.
+        weight_decay: of AdamW, times the learning rate.
         max_grad_norm: clip the gradient's global norm to this; None: do not.
-
-    Raises:
-        NonFiniteError: the loss or the gradient is not finite; nothing was updated.
+        graphs: bring inputs to a GPU and run there what is done with them; None on the CPU.
     """
-    parameters = list(state.parameters.values())
-    samples = sum(len(batch) for batch in batches)
-    state.optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros(())
-    for batch in batches:
-        share = loss(batch).sum() / samples
-        state.scaler.scale(share).backward()
-        total = total.to(share.device) + share.detach()
-    state.scaler.unscale_(state.optimizer)
-    clip = float("inf") if max_grad_norm is None else max_grad_norm
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-    numbers = StepNumbers(total.item(), grad_norm.item(), samples)
-    _check(state, total, grad_norm, [file for batch in batches for file in batch.files])
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    return numbers
 
+    def __init__(
+        self,
+        state: TrainState,
+        loss: Loss,
+        *,
+        weight_decay: float,
+        max_grad_norm: float | None,
+        graphs: Graphs | None = None,
+    ) -> None:
+        self.state = state
+        self.loss = loss
+        self.weight_decay = weight_decay
+        self.max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
+        self.graphs = graphs
+        self._workspace = adamw_workspace(state.control.device)
 
-def _check(state: TrainState, loss: Tensor, grad_norm: Tensor, files: Sequence[str]) -> None:
-    """Refuse the update if a number in it is not finite; an fp16 overflow is the scaler's."""
-    if loss.isfinite() and grad_norm.isfinite():
-        return
-    overflow = state.scaler.is_enabled() and state.scaler.get_scale() >= SMALLEST_SCALE
-    if loss.isfinite() and overflow:
-        return
-    raise NonFiniteError(
-        f"the loss is {loss.item():g} and the gradient's norm {grad_norm.item():g}",
-        where=f"step {state.step + 1}",
-        hint="try a smaller train.lr, and look at these images; what was saved before is untouched",
-        problems=files,
-    )
+    def __call__(self, batches: Sequence[MicroBatch], lr: float) -> Pending:
+        """Begin one update from some micro-batches."""
+        state = self.state
+        samples = sum(len(batch) for batch in batches)
+        self._tell(lr, 1 / samples, state.step + 1)
+        for place, batch in enumerate(batches, start=1):
+            inputs = self.loss.draw(batch)
+            run = self._run if place < len(batches) else self._run_and_update
+            if self.graphs is None:
+                run(inputs)
+            else:
+                self.graphs(run, inputs)
+        numbers, event = self._asked()
+        files = [file for batch in batches for file in batch.files]
+        return Pending(state.step + 1, files, numbers, event)
+
+    def _run(self, inputs: Inputs) -> None:
+        """Forward and backward; on the device alone."""
+        control = self.state.control
+        losses = self.loss(inputs)
+        share = control[Control.SHARE]
+        losses.backward((share * control[Control.SCALE]).expand_as(losses))
+        control[Control.LOSS].add_(losses.detach().sum() * share)
+
+    def _run_and_update(self, inputs: Inputs) -> None:
+        """The same, and the update from all gradients since the last one."""
+        self._run(inputs)
+        flat = self.state.flat
+        adamw_(
+            flat.master,
+            flat.exp_avg,
+            flat.exp_avg_sq,
+            flat.grad,
+            flat.shadow,
+            self.state.control,
+            self._workspace,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            growth_interval=GROWTH_INTERVAL if self.state.scaling else 0,
+        )
+
+    def _tell(self, lr: float, share: float, step: int) -> None:
+        """Write what is new in a step to the device."""
+        values = torch.zeros(4)
+        for place, value in (Control.LR, lr), (Control.SHARE, share), (Control.STEP, step):
+            values[place] = value
+        if self.state.control.is_cuda:
+            values = values.pin_memory()  # a pageable copy would wait for the device
+        self.state.control[:4].copy_(values, non_blocking=True)
+
+    def _asked(self) -> tuple[Tensor, torch.cuda.Event | None]:
+        """The control block as it will be after this step, and when it will be that."""
+        control = self.state.control
+        if not control.is_cuda:
+            return control.clone(), None
+        numbers = torch.empty(control.shape, pin_memory=True)
+        numbers.copy_(control, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return numbers, event

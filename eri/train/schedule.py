@@ -1,24 +1,8 @@
-"""Optimizers by name, and the learning rate as a function of the step."""
+"""The learning rate as a function of the step."""
 
 import math
-from collections.abc import Callable, Iterable
 
-from torch import nn
-from torch.optim import AdamW, Optimizer
-
-__all__ = ["OPTIMIZERS", "learning_rate"]
-
-Build = Callable[[Iterable[nn.Parameter], float, float], Optimizer]
-"""An optimizer from parameters, learning rate and weight decay."""
-
-
-def _adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> Optimizer:
-    """Adam with decoupled weight decay, betas 0.9 and 0.999, eps 1e-8 (arXiv 1711.05101)."""
-    # fused: one pass over all matrices instead of a dozen small operations for each
-    return AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-
-
-OPTIMIZERS: dict[str, Build] = {"adamw": _adamw}
+__all__ = ["learning_rate"]
 
 
 def learning_rate(peak: float, schedule: str, *, step: int, steps: int, warmup: int) -> float:

@@ -1,0 +1,134 @@
+"""Work on a GPU recorded once and replayed, so that the host is not waited for.
+
+A step of SDXL is some ten thousand kernels, which Python launches more slowly than a large GPU runs
+them. A CUDA graph is launched in one go. It is fixed in everything: shapes, addresses, settings.
+So there is one for each set of input shapes, inputs are copied to where it reads them, and whatever
+changes from step to step has to be a tensor.
+
+All graphs, and all that runs between them, share one piece of memory and one stream: how much is
+taken is the most that one of them needs, not the sum.
+
+Source: CUDA C++ Programming Guide, "CUDA Graphs"; PyTorch notes, "CUDA Graphs".
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Graphs", "Workspace"]
+
+MOST = 32  # graphs that are kept; each takes some ten MiB beside the memory that they share
+
+Inputs = Mapping[str, Tensor]
+Run = Callable[[Inputs], None]
+
+
+class Workspace:
+    """A stream, and the memory that all work on it takes.
+
+    Args:
+        device: a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.MemPool()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Work within takes its memory from here; it may not keep any of it."""
+        # a pool is joined by thread, and the backward pass would have one of its own
+        with (
+            self.on_stream(),
+            torch.cuda.use_mem_pool(self.pool, self.device),
+            torch.autograd.set_multithreading_enabled(False),
+        ):
+            yield
+
+    @contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """Work within runs after what was asked before, and before what is asked later."""
+        outside = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(outside)
+        with torch.cuda.stream(self.stream):
+            yield
+        outside.wait_stream(self.stream)
+
+
+@dataclass
+class _Graph:
+    """A recording, and where it reads its inputs."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Inputs
+
+
+class Graphs:
+    """Runs functions of tensors, as graphs where that pays.
+
+    The first time that a function meets inputs of some shapes it just runs, which also makes
+    libraries choose their kernels; the second time it is recorded. So shapes that come once cost
+    nothing more.
+
+    Args:
+        workspace: of all the graphs.
+        most: that are kept; of more than these the one that was not used for longest is dropped.
+            With 0 everything just runs.
+    """
+
+    def __init__(self, workspace: Workspace, most: int = MOST) -> None:
+        self.workspace = workspace
+        self.most = most
+        self._met: set[object] = set()
+        self._graphs: OrderedDict[object, _Graph] = OrderedDict()
+
+    def __call__(self, run: Run, inputs: Inputs) -> None:
+        """Run a function.
+
+        Args:
+            run: changes tensors and returns nothing; it does not wait for the device, and all that
+                changes from call to call is in tensors.
+            inputs: on the device or on the host; what it is given is on the device.
+        """
+        key = (run, *((name, t.shape, t.dtype) for name, t in sorted(inputs.items())))
+        if key not in self._met or not self.most:
+            self._met.add(key)
+            with self.workspace():
+                run({name: self._moved(tensor) for name, tensor in inputs.items()})
+            return
+        if key not in self._graphs:
+            while len(self._graphs) >= self.most:
+                self._graphs.popitem(last=False)
+            self._graphs[key] = self._record(run, inputs)
+        self._graphs.move_to_end(key)
+        graph = self._graphs[key]
+        with self.workspace.on_stream():
+            for name, place in graph.inputs.items():
+                place.copy_(self._ready(inputs[name]), non_blocking=True)
+            graph.graph.replay()
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def _record(self, run: Run, inputs: Inputs) -> _Graph:
+        device, workspace = self.workspace.device, self.workspace
+        places = {name: torch.empty_like(t, device=device) for name, t in inputs.items()}
+        graph = torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.graph(graph, pool=workspace.pool.id, stream=workspace.stream),
+            torch.autograd.set_multithreading_enabled(False),
+        ):
+            run(places)
+        return _Graph(graph, places)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return self._ready(tensor).to(self.workspace.device, non_blocking=True)
+
+    def _ready(self, tensor: Tensor) -> Tensor:
+        """In memory that a GPU reads by itself; a pageable copy would wait for the device."""
+        return tensor if tensor.is_cuda else tensor.pin_memory()
