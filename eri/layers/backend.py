@@ -1,0 +1,111 @@
+"""Which implementation a fused op takes: its CUDA kernel or its reference in PyTorch.
+
+`auto` takes the kernel wherever there is one and says once, for each reason, why it does not;
+`cuda` takes the kernel or raises; `reference` never takes it. A kernel that should have been built
+and could not be is an error under `auto`, too: nothing becomes slow in silence.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from eri.errors import ConfigError
+from eri.layers.build import load_kernels
+
+__all__ = ["Backend", "current_backend", "set_backend", "use_kernel"]
+
+Backend = Literal["auto", "cuda", "reference"]
+OLDEST = (8, 0)  # capability of the oldest cards with kernels
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _State:
+    """The choice of this process; set once, by who starts the work."""
+
+    backend: Backend = "auto"
+    say: Callable[[str], None] = log.warning
+    said: set[str] = field(default_factory=set)
+
+
+_state = _State()
+
+
+def set_backend(backend: Backend, say: Callable[[str], None] = log.warning) -> None:
+    """Choose for all ops of this process.
+
+    Args:
+        backend: `auto`, `cuda` or `reference`.
+        say: gets a line when kernels are built, and each reason once why one is not used.
+
+    Raises:
+        ValueError: another name.
+    """
+    if backend not in {"auto", "cuda", "reference"}:
+        raise ValueError(f"backend {backend!r}: expected auto, cuda or reference")
+    _state.backend, _state.say = backend, say
+    _state.said.clear()
+
+
+def current_backend() -> Backend:
+    """The backend chosen last; `auto` at first."""
+    return _state.backend
+
+
+def use_kernel(op: str, device: torch.device, unsupported: Callable[[], str | None]) -> bool:
+    """Whether an op takes its kernel; builds and loads the kernels when the first one needs them.
+
+    Args:
+        op: its name, for messages.
+        device: of its tensors.
+        unsupported: the reason why the kernel cannot take these arguments, or None.
+
+    Raises:
+        ConfigError: the backend is `cuda` and there is a reason, or the build failed.
+    """
+    if _state.backend == "reference" or (device.type != "cuda" and _state.backend == "auto"):
+        return False
+    where, reason = "", no_kernels(device)
+    if reason is None:
+        where, reason = f"{op}: ", unsupported()
+    if reason is None:
+        return True
+    if _state.backend == "cuda":
+        raise ConfigError(
+            f"{where}{reason}",
+            where="train.backend",
+            hint="auto takes PyTorch's own operations where there is no kernel",
+        )
+    if (line := f"{where}PyTorch's own operations, not our kernel: {reason}") not in _state.said:
+        _state.said.add(line)
+        _state.say(line)
+    return False
+
+
+def no_kernels(device: torch.device) -> str | None:
+    """Why there are no kernels for a device, in words; None once they are loaded.
+
+    Raises:
+        ConfigError: they could not be built or loaded.
+    """
+    return unsupported_device(device) or load_kernels(capability_of(device), _state.say)
+
+
+def unsupported_device(device: torch.device) -> str | None:
+    """Why no kernel can ever run on a device, in words; None where they can."""
+    if device.type != "cuda":
+        return f"our kernels are for NVIDIA cards, this is {device.type}"
+    if torch.version.hip is not None:
+        return "our kernels are for NVIDIA cards, this PyTorch is for AMD's"
+    if (found := capability_of(device)) < OLDEST:
+        return "our kernels are for cards from sm_{}{}, this is sm_{}{}".format(*OLDEST, *found)
+    return None
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """(9, 0) for a Hopper card."""
+    return torch.cuda.get_device_capability(device)

@@ -1,0 +1,282 @@
+"""Builds the CUDA kernels once for each kind of card, keeps them, and loads them.
+
+All sources of `csrc/` become one library, in `<cache>/kernels/<card>-<hash>/`. The hash is of the
+sources, the flags, PyTorch, its CUDA, the card and the system's C library, so that a library found
+there is never stale; Python has no part in it, for the sources use PyTorch's stable ABI alone. The
+folder is made as checkpoints are: written beside its place, with a manifest of hashes, and renamed.
+It belongs to this user, nobody else may write it, and the hash is compared before it is loaded.
+
+Our own build file for ninja, not `torch.utils.cpp_extension.load`: that links Python and PyTorch's
+C++ classes, which the stable ABI does without, and loads what it built before it can be verified.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from eri.errors import ConfigError, DiskError, EriError, ModelError, OccupiedError
+from eri.files import cache_dir, commit_folder, disk_errors, lock, sweep_staging, verify_folder
+from eri.layers.toolchain import Toolchain, architecture, find_toolchain
+from eri.printable import printable
+
+__all__ = ["built_library", "compile_library", "kernels_folder", "library", "load_kernels"]
+
+SOURCES = Path(__file__).parent / "csrc"
+LIBRARY = "liberi_kernels.so"
+STABLE_ABI = "0x020a000000000000"  # of PyTorch 2.10, the oldest that eri runs on
+CXX_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={STABLE_ABI}")
+CUDA_FLAGS = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC")
+LINK_FLAGS = ("-shared", "-cudart", "static")  # works beside whichever runtime PyTorch brings
+LAST_LINES = 15  # of a compiler that failed
+POLL_SECONDS = 0.2
+REFERENCE = "train.backend: reference does without our kernels"
+
+Say = Callable[[str], None]
+log = logging.getLogger(__name__)
+_outcomes: dict[tuple[int, int], str | EriError | None] = {}  # of loading; a failure stays one
+
+
+def load_kernels(capability: tuple[int, int], say: Say = log.warning) -> str | None:
+    """Load the kernels for a card into this process, and build them before that if need be.
+
+    Args:
+        capability: of the card.
+        say: gets one line when they are built.
+
+    Returns:
+        Why there are none, in words: no compiler, or kernels for another card are loaded already.
+        None once they are loaded.
+
+    Raises:
+        ConfigError: the compiler failed, or the system refuses the library; again at each call.
+        DiskError: the cache cannot be written, or is somebody else's.
+    """
+    if capability not in _outcomes:
+        try:
+            _outcomes[capability] = _load(capability, say)
+        except EriError as error:
+            _outcomes[capability] = error
+    outcome = _outcomes[capability]
+    if isinstance(outcome, EriError):
+        raise outcome
+    return outcome
+
+
+def _load(capability: tuple[int, int], say: Say) -> str | None:
+    other = next((card for card, outcome in _outcomes.items() if outcome is None), None)
+    if other is not None:  # one op has one implementation for all cards of a process
+        return "this process has kernels for sm_{}{}, this card is sm_{}{}".format(
+            *other, *capability
+        )
+    path = library(capability, say)
+    if isinstance(path, str):
+        return path
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise ConfigError(
+            f"the CUDA kernels cannot be loaded: {printable(str(error))}",
+            where=printable(path),
+            hint=f"remove that folder to build them anew; {REFERENCE}",
+        ) from error
+    return None
+
+
+def library(capability: tuple[int, int], say: Say = log.warning) -> Path | str:
+    """The library of kernels for a card: the one in the cache, or a new one.
+
+    Returns:
+        Its path, verified; or, where it is not there and no compiler either, what is missing.
+
+    Raises:
+        ConfigError: the compiler failed.
+        DiskError: the cache cannot be written, or is somebody else's.
+    """
+    found = built_library(capability)
+    if found is not None:
+        return found
+    toolchain = find_toolchain(capability)
+    if isinstance(toolchain, list):
+        return "; ".join(map(str, toolchain))
+    final = _folder(capability)
+    with _turn(final.parent, say):
+        found = built_library(capability)  # another process may have been faster
+        if found is not None:
+            return found
+        sweep_staging(final.parent)
+        if final.exists():  # and is damaged
+            say(f"building the CUDA kernels anew: {printable(final)} is damaged")
+            shutil.rmtree(final)
+        _build(final, toolchain, capability, say)
+    found = built_library(capability)
+    if found is None:
+        raise DiskError(
+            "the CUDA kernels that were just built are damaged",
+            where=printable(final),
+            hint="check the disk, or set ERI_CACHE to a folder on another one",
+        )
+    return found
+
+
+def built_library(capability: tuple[int, int]) -> Path | None:
+    """The library for a card if it is in the cache, ours alone, and whole.
+
+    Raises:
+        DiskError: it, or a folder on the way to it, belongs to another user.
+    """
+    final = _folder(capability)
+    if not final.is_dir():
+        return None
+    for path in (final, *final.iterdir()):
+        _require_private(path)
+    try:
+        verify_folder(final)
+    except ModelError:
+        return None
+    return final / LIBRARY
+
+
+def kernels_folder() -> Path:
+    """The folder of the cache that holds all libraries; made if needed, for this user alone."""
+    folder = cache_dir() / "kernels"
+    with disk_errors(folder):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    _require_private(folder)
+    return folder
+
+
+def _folder(capability: tuple[int, int]) -> Path:
+    arch = architecture(capability)
+    parts = [
+        *(str(torch.__version__), str(torch.version.cuda), arch),
+        *(platform.machine(), *platform.libc_ver()),
+        *(*CXX_FLAGS, *CUDA_FLAGS, *LINK_FLAGS, LIBRARY),
+    ]
+    content = hashlib.sha256("\0".join(parts).encode())
+    for path in sorted(SOURCES.iterdir()):
+        if path.suffix in {".h", ".cpp", ".cu"}:
+            content.update(f"\0{path.name}\0".encode() + path.read_bytes())
+    return kernels_folder() / f"sm_{arch}-{content.hexdigest()[:16]}"
+
+
+def _require_private(path: Path) -> None:
+    """Refuse what another user owns; take back what others may write."""
+    with disk_errors(path):
+        found = path.lstat()
+        if found.st_uid != cache_dir().stat().st_uid or stat.S_ISLNK(found.st_mode):
+            raise DiskError(
+                "the kernels' folder, or a file in it, belongs to another user or is a link",
+                where=printable(path),
+                hint="remove it, or set ERI_CACHE to a folder of your own",
+            )
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            path.chmod(stat.S_IMODE(found.st_mode) & 0o700)
+
+
+@contextmanager
+def _turn(folder: Path, say: Say) -> Iterator[None]:
+    """Hold the folder; while another process holds it, wait: it is building."""
+    told = False
+    while True:
+        try:
+            with lock(folder):
+                yield
+            return
+        except OccupiedError:
+            if not told:
+                say("waiting for another process that builds the CUDA kernels")
+            told = True
+            time.sleep(POLL_SECONDS)
+
+
+def _build(final: Path, toolchain: Toolchain, capability: tuple[int, int], say: Say) -> None:
+    arch = architecture(capability)
+    say(f"building the CUDA kernels for sm_{arch}, once; this takes some seconds")
+    identity = {"card": f"sm_{arch}", "torch": str(torch.__version__), "cuda": torch.version.cuda}
+    with commit_folder(final, identity=identity) as staging:
+        objects = staging / "objects"
+        objects.mkdir()
+        compile_library(objects, toolchain, arch).replace(staging / LIBRARY)
+        shutil.rmtree(objects)
+        (staging / LIBRARY).chmod(0o600)
+    with disk_errors(final):
+        final.chmod(0o700)
+
+
+def compile_library(folder: Path, toolchain: Toolchain, arch: str) -> Path:
+    """Compile and link every source, in parallel, in an existing folder.
+
+    Args:
+        folder: gets the objects, the build file and the library.
+        toolchain: the programs.
+        arch: what nvcc calls the card, as `90a`.
+
+    Returns:
+        The path of the library.
+
+    Raises:
+        ConfigError: a program failed; it has the last lines of what that said.
+    """
+    (folder / "build.ninja").write_text(_build_file(toolchain, arch))
+    done = subprocess.run(
+        [toolchain.ninja, "-C", os.fspath(folder)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # Ctrl-C stops a run between steps, not a compiler
+    )
+    if done.returncode != 0 or not (folder / LIBRARY).is_file():
+        lines = [printable(line) for line in done.stdout.splitlines() if line.strip()]
+        raise ConfigError(
+            f"the CUDA kernels for sm_{arch} could not be built: ninja ended with "
+            f"{done.returncode}; its last lines follow",
+            where=toolchain.nvcc,
+            hint=f"`eri doctor` looks at the compilers; {REFERENCE}",
+            problems=lines[-LAST_LINES:],
+        )
+    return folder / LIBRARY
+
+
+def _build_file(toolchain: Toolchain, arch: str) -> str:
+    """What ninja reads: a line an object, one for the library, and how each of them is made."""
+    home = Path(torch.__file__).parent
+    cards = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    libraries = ("torch_cpu", "torch_cuda")  # a PyTorch for the CPU lacks the second
+    present = [f"-l{name}" for name in libraries if (home / f"lib/lib{name}.so").is_file()]
+    cxx = [toolchain.cxx, *CXX_FLAGS, f"-I{home / 'include'}"]
+    nvcc = [toolchain.nvcc, "-ccbin", toolchain.cxx, cards]
+    link = [*nvcc, *LINK_FLAGS]
+    lines = [
+        f"rule cpp\n  command = {_command(cxx)} -c $in -o $out",
+        f"rule cu\n  command = {_command([*nvcc, *CUDA_FLAGS])} -c $in -o $out",
+        f"rule library\n  command = {_command(link)} $in -o $out "
+        + _command([f"-L{home / 'lib'}", *present]),
+    ]
+    objects = []
+    for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.cu")]):
+        objects.append(f"{source.name}.o")
+        lines.append(f"build {objects[-1]}: {source.suffix[1:]} {_escaped(str(source), ' :')}")
+    lines.append(f"build {LIBRARY}: library {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def _command(words: list[str]) -> str:
+    return _escaped(shlex.join(words))
+
+
+def _escaped(text: str, also: str = "") -> str:
+    """As ninja reads it: `$` before `$` and, in paths, before spaces and colons."""
+    return "".join(f"${c}" if c in f"${also}" else c for c in text)

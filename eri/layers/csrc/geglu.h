@@ -1,0 +1,23 @@
+// The gate of a feed-forward, forward and backward; see eri/layers/geglu.py.
+#pragma once
+
+#include <cstdint>
+
+namespace eri {
+
+enum class GegluType : int { kFloat, kHalf, kBFloat16 };
+
+struct GegluArguments {
+  const void* u;   // [rows, 2 * width]: values, gates; 16-byte aligned like all that follow
+  const void* da;  // [rows, width]; null in the forward pass
+  void* result;    // a [rows, width], or du [rows, 2 * width]
+  GegluType type;  // of all of them
+  int64_t rows;    //
+  int64_t width;   // a multiple of the numbers in 16 bytes; rows * width / that number < 2^31
+};
+
+// Each queues one kernel on a cudaStream_t; returns null, or what CUDA says is wrong.
+const char* launch_geglu(const GegluArguments& arguments, void* stream);
+const char* launch_geglu_backward(const GegluArguments& arguments, void* stream);
+
+}  // namespace eri
