@@ -35,8 +35,8 @@ class Workspace:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
         self.stream = torch.cuda.Stream(device)
+        self.device = self.stream.device  # with its number
         self.pool = torch.cuda.MemPool()
 
     @contextmanager
