@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.amp import GradScaler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -26,7 +25,7 @@ from eri.diffusion import NoiseSchedule, denoising_loss
 from eri.models import load_text, load_unet, load_vae
 from eri.rng import normal
 from eri.run.objective import Objective, Sample, SampleBatch, conditions_of
-from eri.train import OPTIMIZERS, TrainState, update
+from eri.train import Step, TrainState
 
 DEMO = Path(__file__).parents[1] / "eri" / "demo"
 MODEL = DEMO / "model"
@@ -87,10 +86,9 @@ def learn(
         steps: to measure after.
     """
     unet = load_unet(MODEL)
-    parameters = dict(attach(unet, rank=RANK, alpha=RANK).named_parameters())
-    optimizer = OPTIMIZERS["adamw"](parameters.values(), RATE, 0.01)
-    state = TrainState(0, parameters, optimizer, GradScaler("cpu", enabled=False))
+    state = TrainState(attach(unet, rank=RANK, alpha=RANK).flatten(torch.float32))
     objective = Objective(unet, NoiseSchedule(), seed=0, drops=False)
+    update = Step(state, objective, weight_decay=0.01, max_grad_norm=1.0)
     if unmasked is not None:
         samples = [replace(s, mask=half(s.mean), unmasked_weight=unmasked) for s in samples]
     before = measure(objective, held_out)
@@ -98,9 +96,10 @@ def learn(
     for step in range(max(steps)):
         numbers = range(BATCH * step, BATCH * (step + 1))
         chosen = [samples[number % len(samples)] for number in numbers]
-        update(state, objective, [SampleBatch(chosen, numbers)], 1.0)
-        if step + 1 in steps:
-            falls[step + 1] = before.fall(measure(objective, held_out))
+        update([SampleBatch(chosen, numbers)], RATE).result()
+        state.step += 1
+        if state.step in steps:
+            falls[state.step] = before.fall(measure(objective, held_out))
     return falls
 
 
@@ -140,7 +139,8 @@ def pull(sample: Sample, unmasked: float | None) -> Halves:
     unet.register_forward_hook(lambda *call: said.append(call[-1]))
     if unmasked is not None:
         sample = replace(sample, mask=half(sample.mean), unmasked_weight=unmasked)
-    loss = Objective(unet, NoiseSchedule(), seed=0, drops=False)(SampleBatch([sample], range(1)))
+    objective = Objective(unet, NoiseSchedule(), seed=0, drops=False)
+    loss = objective(objective.draw(SampleBatch([sample], range(1))))
     (gradient,) = torch.autograd.grad(loss.sum(), said)
     middle = gradient.shape[-1] // 2
     return Halves(gradient[..., :middle].norm().item(), gradient[..., middle:].norm().item())

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.amp import GradScaler
 
 from eri.adapters import attach
 from eri.diffusion import NoiseSchedule
@@ -21,7 +20,7 @@ from eri.models import load_unet
 from eri.models.unet import UNetSpec
 from eri.rng import generator, normal
 from eri.run.objective import Objective, Sample, SampleBatch
-from eri.train import OPTIMIZERS, TrainState, update
+from eri.train import Step, TrainState
 
 SHAPE = (4, 16, 8)  # smaller ones leave the norms of the deepest level a few numbers to divide by
 RANK, ALPHA = 4, 2.0
@@ -53,20 +52,21 @@ def train_here(folder: Path, settings: Settings, steps: Collection[int]) -> dict
     unet = load_unet(folder)
     batches = random_batches(unet.spec, max(steps))
     adapter = attach(unet, rank=RANK, alpha=ALPHA)
-    parameters = dict(adapter.named_parameters())
-    optimizer = OPTIMIZERS["adamw"](parameters.values(), settings.lr, settings.weight_decay)
-    state = TrainState(0, parameters, optimizer, GradScaler("cpu", enabled=False))
+    state = TrainState(adapter.flatten(torch.float32))
     schedule = NoiseSchedule(
         prediction=settings.prediction, zero_terminal_snr=settings.zero_terminal_snr
     )
     loss = Objective(unet, schedule, seed=settings.seed, drops=False)
+    limits = {"weight_decay": settings.weight_decay, "max_grad_norm": settings.max_grad_norm}
+    step = Step(state, loss, **limits)
     found = {}
-    for step, batch in enumerate(batches, 1):
-        seen = update(state, loss, [batch], settings.max_grad_norm)
+    for batch in batches:
+        seen = step([batch], settings.lr).result()
         assert settings.max_grad_norm is None or seen.grad_norm > settings.max_grad_norm
-        if step in steps:
+        state.step += 1
+        if state.step in steps:
             layers = adapter.layers.items()
-            found[step] = {to_diffusers(n): layer.delta().detach() for n, layer in layers}
+            found[state.step] = {to_diffusers(n): layer.delta().detach() for n, layer in layers}
     return found
 
 

@@ -69,7 +69,7 @@ def test_arranging_changes_no_number(model, recompute, lean, flat):
     if flat:
         adapter.flatten(dtype)
     again, grads_again, _ = run(unet, adapter)
-    limit = dict(rtol=1e-3, atol=1e-5) if flat else dict(rtol=1e-8, atol=1e-12)
+    limit = {"rtol": 1e-3, "atol": 1e-5} if flat else {"rtol": 1e-8, "atol": 1e-12}
     torch.testing.assert_close(again, y, **limit)
     torch.testing.assert_close(grads_again, grads, **limit)
 

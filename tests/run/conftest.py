@@ -1,9 +1,8 @@
 """Small pictures, a config, and one finished run that the tests of the other verbs read."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
@@ -12,7 +11,7 @@ from rich.console import Console
 from eri.config import Config, load_config
 from eri.run.stop import StopSignals
 from eri.run.train import train
-from eri.train import StepNumbers, TrainState, loop
+from eri.train import MicroBatch, Pending, Step
 
 
 class Screen:
@@ -60,19 +59,19 @@ def write_config(folder: Path, model: Path, *, steps: int = 4) -> Path:
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Make the run believe that it got a SIGTERM during its last of some steps."""
     signals: list[StopSignals] = []
-    enter, update = StopSignals.__enter__, loop.update
+    enter, call = StopSignals.__enter__, Step.__call__
 
     def entered(self: StopSignals) -> StopSignals:
         signals.append(self)
         return enter(self)
 
-    def updated(state: TrainState, *arguments: Any) -> StepNumbers:
-        if state.step + 1 == steps:
+    def called(self: Step, batches: Sequence[MicroBatch], lr: float) -> Pending:
+        if self.state.step + 1 == steps:
             signals[0].number = 15
-        return update(state, *arguments)
+        return call(self, batches, lr)
 
     monkeypatch.setattr(StopSignals, "__enter__", entered)
-    monkeypatch.setattr(loop, "update", updated)
+    monkeypatch.setattr(Step, "__call__", called)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from eri.run.objective import SampleBatch, validate
 from eri.run.parts import Parts, build, encode
 from eri.run.plan import plan_run
 from eri.run.prediction import choose, schedule_of
+from tests.losses import losses
 from tests.run.conftest import Screen
 
 
@@ -38,11 +39,14 @@ def built(screen: Screen) -> Callable[[Config], Parts]:
 def test_the_parts_fit_together(config: Config, built: Callable[[Config], Parts]) -> None:
     parts = built(config)
     assert parts.state.step == 0
-    assert list(parts.state.parameters) == [name for name, _ in parts.adapter.named_parameters()]
+    trained = parts.state.flat.parameters
+    assert trained.keys() == dict(parts.adapter.named_parameters()).keys()
+    for name, parameter in parts.adapter.named_parameters():
+        assert trained[name] is parameter
     assert parts.unet.training  # adapters' dropout is on
     assert (len(parts.samples), len(parts.validation)) == (5, 2)
     assert parts.previews.prompts == ["a red disc"]
-    assert not parts.state.scaler.is_enabled()
+    assert not parts.state.scaling
 
 
 def test_what_is_measured_and_drawn_does_not_change_how_training_captions_are_read(
@@ -65,8 +69,8 @@ def test_sdxl_is_trained_measured_and_drawn(
     config: Config, change: Callable[..., Config], sdxl: Path, built: Callable[[Config], Parts]
 ) -> None:
     parts = built(change(config, model={"path": str(sdxl)}))
-    losses = parts.objective(SampleBatch([parts.samples[0], parts.samples[2]], range(2)))
-    assert losses.isfinite().all()
+    batch = SampleBatch([parts.samples[0], parts.samples[2]], range(2))
+    assert losses(parts.objective, batch).isfinite().all()
     assert validate(parts.objective, parts.validation).mean > 0
     (picture,) = parts.previews.draw(0, lambda: False)
     assert picture.size == (64, 64)

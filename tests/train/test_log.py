@@ -2,16 +2,14 @@ import io
 import json
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
-from eri.train import Log, StepNumbers, cut, say
+from eri.train import Log, Pending, StepNumbers, cut, say
 
 
-class Two:
-    files = ("a.png", "b.png")
-
-    def __len__(self) -> int:
-        return 2
+def pending(step: int) -> Pending:
+    return Pending(step, ("a.png", "b.png"), torch.zeros(0), None)
 
 
 def screen() -> Console:
@@ -27,7 +25,7 @@ def run(path: Path, console: Console, first: int, last: int) -> None:
     with Log(path, steps=40, step=first, console=console) as log:
         for step in range(first + 1, last + 1):
             numbers = StepNumbers(loss=0.5, grad_norm=0.1, samples=2)
-            log.step(step, numbers, lr=1e-4, seconds=0.5, batches=[Two()])
+            log.step(pending(step), numbers, lr=1e-4, seconds=0.5)
 
 
 def test_one_object_a_step(tmp_path: Path) -> None:
@@ -36,6 +34,16 @@ def test_one_object_a_step(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines[0]["files"] == ["a.png", "b.png"]
     assert (lines[0]["images_per_second"], lines[0]["lr"]) == (4.0, 1e-4)
+
+
+def test_a_norm_that_overflowed_is_null_because_json_has_no_infinity(tmp_path: Path) -> None:
+    with Log(tmp_path / "log.jsonl", steps=2, step=0, console=screen()) as log:
+        for step, norm in enumerate((float("inf"), float("nan")), start=1):
+            numbers = StepNumbers(loss=0.5, grad_norm=norm, samples=2)
+            log.step(pending(step), numbers, lr=1e-4, seconds=0.5)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["grad_norm"] for line in lines] == [None, None]
+    assert "Infinity" not in (tmp_path / "log.jsonl").read_text()
 
 
 def test_without_a_terminal_progress_is_plain_lines_now_and_then(tmp_path: Path) -> None:
@@ -57,9 +65,9 @@ def test_the_speed_of_a_session_is_its_median(tmp_path: Path) -> None:
     with Log(tmp_path / "log.jsonl", steps=40, step=0, console=screen()) as log:
         numbers = StepNumbers(loss=0.5, grad_norm=0.1, samples=2)
         for step, seconds in enumerate((9.0, 0.5, 0.5, 0.5), start=1):
-            log.step(step, numbers, lr=1e-4, seconds=seconds, batches=[Two()])
+            log.step(pending(step), numbers, lr=1e-4, seconds=seconds)
         assert log.images_per_second is None  # too few steps to tell
-        log.step(5, numbers, lr=1e-4, seconds=0.25, batches=[Two()])
+        log.step(pending(5), numbers, lr=1e-4, seconds=0.25)
         assert log.images_per_second == 4.0
 
 

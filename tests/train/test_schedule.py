@@ -1,7 +1,6 @@
 import pytest
-import torch
 
-from eri.train import OPTIMIZERS, learning_rate
+from eri.train import learning_rate
 
 
 def rates(schedule: str, steps: int = 10, warmup: int = 0) -> list[float]:
@@ -37,11 +36,3 @@ def test_after_the_end_the_rate_stays_at_the_end() -> None:
 def test_an_unknown_schedule_is_refused() -> None:
     with pytest.raises(ValueError, match="rex"):
         learning_rate(1.0, "rex", step=0, steps=1, warmup=0)
-
-
-def test_adamw_decays_weights_apart_from_the_gradient() -> None:
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = OPTIMIZERS["adamw"]([weight], 0.1, 0.5)
-    weight.grad = torch.zeros(3)
-    optimizer.step()
-    torch.testing.assert_close(weight.detach(), torch.full((3,), 1 - 0.1 * 0.5))

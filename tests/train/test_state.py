@@ -1,44 +1,40 @@
+import json
+
 import pytest
 import torch
-from torch import nn
-from torch.amp import GradScaler
 
 from eri.errors import ModelError
-from eri.train import OPTIMIZERS, TrainState
+from eri.layers.adamw import Control
+from eri.train import Step, TrainState
+from tests.losses import LossOf, Rows, state_of
+
+NO_ROWS = [Rows(torch.zeros(1, 1))]
 
 
-def fresh_state(names: tuple[str, ...] = ("a", "b")) -> TrainState:
+def fresh_state(names: tuple[str, ...] = ("a", "b"), *, scaling: bool = False) -> TrainState:
     torch.manual_seed(0)
-    parameters = {name: nn.Parameter(torch.randn(3)) for name in names}
-    optimizer = OPTIMIZERS["adamw"](parameters.values(), 0.1, 0.01)
-    return TrainState(0, parameters, optimizer, GradScaler("cpu", enabled=False))
+    return state_of(scaling, **{name: torch.randn(3) for name in names})
 
 
 def advance(state: TrainState, steps: int) -> None:
+    def far(weights, rows) -> torch.Tensor:
+        distance = sum((weight - state.step).square().sum() for weight in weights.values())
+        return distance + rows.sum(1)
+
+    step = Step(state, LossOf(state, far), weight_decay=0.01, max_grad_norm=None)
     for _ in range(steps):
-        state.optimizer.zero_grad()
-        loss = sum((p - state.step).square().sum() for p in state.parameters.values())
-        loss.backward()  # type: ignore[union-attr]
-        state.optimizer.step()
+        step(NO_ROWS, 0.1).result()
         state.step += 1
 
 
-def copy(source: TrainState, *, leave_out: str | None = None) -> TrainState:
+def copy(source: TrainState, **forgotten: float) -> TrainState:
     """A fresh state with what `source` remembers, as a checkpoint would carry it."""
-    target = fresh_state()
-    tensors = {
-        key: value.clone()
-        for key, value in source.optimizer_tensors().items()
-        if leave_out is None or not key.endswith(leave_out)
-    }
-    for name, parameter in target.parameters.items():
-        parameter.data.copy_(source.parameters[name].data)
-    target.load(tensors, source.numbers())
+    target = fresh_state(scaling=source.scaling)
+    for name, parameter in target.flat.parameters.items():
+        parameter.data.copy_(source.flat.parameters[name])
+    numbers = json.loads(json.dumps(source.numbers())) | forgotten
+    target.load({k: v.clone() for k, v in source.optimizer_tensors().items()}, numbers)
     return target
-
-
-def weights(state: TrainState) -> torch.Tensor:
-    return torch.cat([p.detach() for p in state.parameters.values()])
 
 
 @pytest.mark.parametrize("cut", [0, 1, 5])
@@ -49,18 +45,45 @@ def test_a_state_that_was_carried_over_goes_on_bit_by_bit(cut: int) -> None:
     resumed = copy(stopped)
     advance(resumed, 8 - cut)
     assert resumed.step == straight.step
-    assert torch.equal(weights(resumed), weights(straight))
+    assert resumed.numbers() == straight.numbers()
+    assert torch.equal(resumed.flat.master, straight.flat.master)
 
 
-def test_an_optimizer_that_forgets_does_not_go_on_bit_by_bit() -> None:
+@pytest.mark.parametrize("forgotten", ["exp_avg", "exp_avg_sq", "updates"])
+def test_an_optimizer_that_forgets_does_not_go_on_bit_by_bit(forgotten: str) -> None:
     straight, stopped = fresh_state(), fresh_state()
     advance(straight, 8)
     advance(stopped, 5)
-    forgetful = copy(stopped)
-    for value in forgetful.optimizer.state.values():
-        value["exp_avg"].zero_()
+    if forgotten == "updates":
+        forgetful = copy(stopped, updates=0.0)
+    else:
+        forgetful = copy(stopped)
+        getattr(forgetful.flat, forgotten).zero_()
     advance(forgetful, 3)
-    assert not torch.equal(weights(forgetful), weights(straight))
+    assert not torch.equal(forgetful.flat.master, straight.flat.master)
+
+
+def test_the_loss_scale_and_its_growth_are_carried_over() -> None:
+    source = fresh_state(scaling=True)
+    assert source.numbers() == {"step": 0, "updates": 0, "scale": 2**16, "growth": 0}
+    source.control[Control.SCALE] = 2.0**11
+    advance(source, 3)
+    assert source.numbers() == {"step": 3, "updates": 3, "scale": 2**11, "growth": 3}
+    assert copy(source).numbers() == source.numbers()
+
+
+def test_without_scaling_the_scale_stays_one() -> None:
+    state = fresh_state()
+    advance(state, 2)
+    assert state.numbers() == {"step": 2, "updates": 2, "scale": 1, "growth": 0}
+
+
+def test_what_the_optimizer_keeps_is_named_after_the_parameters() -> None:
+    state = fresh_state()
+    advance(state, 1)
+    tensors = state.optimizer_tensors()
+    assert set(tensors) == {f"{name}/{key}" for name in "ab" for key in ("exp_avg", "exp_avg_sq")}
+    assert all(tensor.shape == (3,) and tensor.all() for tensor in tensors.values())
 
 
 def test_a_state_of_other_parameters_is_refused() -> None:
@@ -68,10 +91,17 @@ def test_a_state_of_other_parameters_is_refused() -> None:
     advance(source, 1)
     with pytest.raises(ModelError, match="'b', which does not train"):
         fresh_state(("a",)).load(source.optimizer_tensors(), source.numbers())
-    with pytest.raises(ModelError, match="lacks 'c'"):
+    with pytest.raises(ModelError, match="lacks 'c"):
         fresh_state(("a", "b", "c")).load(source.optimizer_tensors(), source.numbers())
 
 
-def test_a_state_without_its_step_is_refused() -> None:
-    with pytest.raises(ModelError, match="lacks its step"):
-        fresh_state().load({}, {"scaler": {}})
+@pytest.mark.parametrize("name", ["step", "updates", "scale", "growth"])
+def test_a_state_without_one_of_its_numbers_is_refused_and_changes_nothing(name: str) -> None:
+    source, target = fresh_state(), fresh_state()
+    advance(source, 1)
+    numbers = source.numbers()
+    del numbers[name]
+    with pytest.raises(ModelError, match=f"lacks its {name}"):
+        target.load(source.optimizer_tensors(), numbers)
+    assert not target.flat.exp_avg.any()
+    assert target.numbers() == fresh_state().numbers()
