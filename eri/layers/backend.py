@@ -15,7 +15,16 @@ import torch
 from eri.errors import ConfigError
 from eri.layers.build import load_kernels
 
-__all__ = ["Backend", "current_backend", "set_backend", "use_kernel"]
+__all__ = [
+    "Backend",
+    "capability_of",
+    "current_backend",
+    "kernels_ready",
+    "no_kernels",
+    "set_backend",
+    "unsupported_device",
+    "use_kernel",
+]
 
 Backend = Literal["auto", "cuda", "reference"]
 OLDEST = (8, 0)  # capability of the oldest cards with kernels
@@ -67,11 +76,22 @@ def use_kernel(op: str, device: torch.device, unsupported: Callable[[], str | No
     Raises:
         ConfigError: the backend is `cuda` and there is a reason, or the build failed.
     """
+    return kernels_ready(device) and _granted(unsupported(), f"{op}: ")
+
+
+def kernels_ready(device: torch.device) -> bool:
+    """Whether ops on a device take kernels at all; builds and loads these if need be.
+
+    Raises:
+        ConfigError: the backend is `cuda` and there are none, or the build failed.
+    """
     if _state.backend == "reference" or (device.type != "cuda" and _state.backend == "auto"):
         return False
-    where, reason = "", no_kernels(device)
-    if reason is None:
-        where, reason = f"{op}: ", unsupported()
+    return _granted(no_kernels(device), "")
+
+
+def _granted(reason: str | None, where: str) -> bool:
+    """Whether there is no reason against a kernel; what a reason leads to."""
     if reason is None:
         return True
     if _state.backend == "cuda":
@@ -80,7 +100,8 @@ def use_kernel(op: str, device: torch.device, unsupported: Callable[[], str | No
             where="train.backend",
             hint="auto takes PyTorch's own operations where there is no kernel",
         )
-    if (line := f"{where}PyTorch's own operations, not our kernel: {reason}") not in _state.said:
+    line = f"{where}PyTorch's own operations, not our kernels: {reason}"
+    if line not in _state.said:
         _state.said.add(line)
         _state.say(line)
     return False

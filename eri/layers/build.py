@@ -30,7 +30,7 @@ from eri.files import cache_dir, commit_folder, disk_errors, lock, sweep_staging
 from eri.layers.toolchain import Toolchain, architecture, find_toolchain
 from eri.printable import printable
 
-__all__ = ["built_library", "compile_library", "kernels_folder", "library", "load_kernels"]
+__all__ = ["built_library", "compile_library", "library", "library_folder", "load_kernels"]
 
 SOURCES = Path(__file__).parent / "csrc"
 LIBRARY = "liberi_kernels.so"
@@ -86,7 +86,7 @@ def _load(capability: tuple[int, int], say: Say) -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         raise ConfigError(
-            f"the CUDA kernels cannot be loaded: {printable(str(error))}",
+            f"the CUDA kernels cannot be loaded: {printable(str(error.__cause__ or error))}",
             where=printable(path),
             hint=f"remove that folder to build them anew; {REFERENCE}",
         ) from error
@@ -109,7 +109,7 @@ def library(capability: tuple[int, int], say: Say = log.warning) -> Path | str:
     toolchain = find_toolchain(capability)
     if isinstance(toolchain, list):
         return "; ".join(map(str, toolchain))
-    final = _folder(capability)
+    final = library_folder(capability)
     with _turn(final.parent, say):
         found = built_library(capability)  # another process may have been faster
         if found is not None:
@@ -135,7 +135,7 @@ def built_library(capability: tuple[int, int]) -> Path | None:
     Raises:
         DiskError: it, or a folder on the way to it, belongs to another user.
     """
-    final = _folder(capability)
+    final = library_folder(capability)
     if not final.is_dir():
         return None
     for path in (final, *final.iterdir()):
@@ -147,7 +147,7 @@ def built_library(capability: tuple[int, int]) -> Path | None:
     return final / LIBRARY
 
 
-def kernels_folder() -> Path:
+def _kernels_folder() -> Path:
     """The folder of the cache that holds all libraries; made if needed, for this user alone."""
     folder = cache_dir() / "kernels"
     with disk_errors(folder):
@@ -156,7 +156,8 @@ def kernels_folder() -> Path:
     return folder
 
 
-def _folder(capability: tuple[int, int]) -> Path:
+def library_folder(capability: tuple[int, int]) -> Path:
+    """Where the library for a card is kept, once it is built; named by all that it depends on."""
     arch = architecture(capability)
     parts = [
         *(str(torch.__version__), str(torch.version.cuda), arch),
@@ -165,16 +166,15 @@ def _folder(capability: tuple[int, int]) -> Path:
     ]
     content = hashlib.sha256("\0".join(parts).encode())
     for path in sorted(SOURCES.iterdir()):
-        if path.suffix in {".h", ".cpp", ".cu"}:
-            content.update(f"\0{path.name}\0".encode() + path.read_bytes())
-    return kernels_folder() / f"sm_{arch}-{content.hexdigest()[:16]}"
+        content.update(f"\0{path.name}\0".encode() + path.read_bytes())
+    return _kernels_folder() / f"sm_{arch}-{content.hexdigest()[:16]}"
 
 
 def _require_private(path: Path) -> None:
     """Refuse what another user owns; take back what others may write."""
     with disk_errors(path):
         found = path.lstat()
-        if found.st_uid != cache_dir().stat().st_uid or stat.S_ISLNK(found.st_mode):
+        if found.st_uid != _owner() or stat.S_ISLNK(found.st_mode):
             raise DiskError(
                 "the kernels' folder, or a file in it, belongs to another user or is a link",
                 where=printable(path),
@@ -182,6 +182,11 @@ def _require_private(path: Path) -> None:
             )
         if stat.S_IMODE(found.st_mode) & 0o077:
             path.chmod(stat.S_IMODE(found.st_mode) & 0o700)
+
+
+def _owner() -> int:
+    """The user whom this process works for: the cache's owner, which `cache_dir` has checked."""
+    return cache_dir().stat().st_uid
 
 
 @contextmanager

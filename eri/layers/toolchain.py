@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Lack", "Toolchain", "architecture", "cuda_version", "find_toolchain"]
+__all__ = ["Lack", "Toolchain", "architecture", "cuda_version", "find_toolchain", "version_of"]
 
 CUDA_FOLDERS = ("/usr/local/cuda", "/opt/cuda")
 SECONDS = 30  # that a program may take to say its version
@@ -48,6 +48,12 @@ def cuda_version(nvcc: str) -> str | None:
     return None if found is None else found[1]
 
 
+def version_of(program: str) -> str:
+    """The first number of the shape 1.2 that a program says of itself; `?` where it says none."""
+    found = re.search(r"\d+\.\d+[.\d]*", _output(program, "--version"))
+    return "?" if found is None else found[0]
+
+
 def find_toolchain(capability: tuple[int, int]) -> Toolchain | list[Lack]:
     """Look for the programs, and whether they can build for a card.
 
@@ -60,7 +66,9 @@ def find_toolchain(capability: tuple[int, int]) -> Toolchain | list[Lack]:
     nvcc, cxx, ninja = _find_nvcc(), _find_cxx(), _find_ninja()
     lacks = [*_lacks_of(nvcc, capability)]
     if cxx is None:
-        lacks.append(Lack("no C++ compiler", "install g++ (Debian and Ubuntu: apt install g++)"))
+        named = f" (CXX is {os.environ['CXX']!r})" if os.environ.get("CXX") else ""
+        mend = "install g++ (Debian and Ubuntu: apt install g++)"
+        lacks.append(Lack(f"no C++ compiler{named}", mend))
     if ninja is None:
         lacks.append(Lack("no ninja", "pip install ninja"))
     if lacks or nvcc is None or cxx is None or ninja is None:
