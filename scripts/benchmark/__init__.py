@@ -1,0 +1,1 @@
+"""What `scripts/bench` runs: how fast a training step is, and whether its numbers are right."""
