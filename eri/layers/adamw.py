@@ -253,18 +253,10 @@ def adamw_(
         ConfigError: the backend is `cuda` and the kernel cannot be used.
     """
     shadow = None if shadow is master else shadow
-    rows = (exp_avg, exp_avg_sq, grad, *(() if shadow is None else (shadow,)))
-    if master.dim() != 1 or any(row.shape != master.shape for row in rows):
-        found = ", ".join(str(list(row.shape)) for row in (master, *rows))
-        raise ValueError(f"adamw_: expected rows [n] of one length, found {found}")
-    if control.shape != (CONTROL_SIZE,) or workspace.shape != (WORKSPACE_BYTES,):
-        raise ValueError(
-            f"adamw_: expected a control block [{CONTROL_SIZE}] and a workspace "
-            f"[{WORKSPACE_BYTES}], found {list(control.shape)} and {list(workspace.shape)}"
-        )
+    buffers = (master, exp_avg, exp_avg_sq, grad, shadow)
+    _check_sizes(*buffers, control=control, workspace=workspace)
     if not eps > 0 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"adamw_: expected 0 <= betas < 1 and eps > 0, found {betas} and {eps}")
-    buffers = (master, exp_avg, exp_avg_sq, grad, shadow)
     settings = (*betas, eps, weight_decay, max_grad_norm, growth_interval)
 
     def reason() -> str | None:
@@ -274,3 +266,15 @@ def adamw_(
         torch.ops.eri.adamw_(*buffers, control, workspace, *settings)
     else:
         _in_order(*buffers, control, workspace, *settings)
+
+
+def _check_sizes(master: Tensor, *rows: Tensor | None, control: Tensor, workspace: Tensor) -> None:
+    present = [master, *(row for row in rows if row is not None)]
+    if master.dim() != 1 or any(row.shape != master.shape for row in present):
+        found = ", ".join(str(list(row.shape)) for row in present)
+        raise ValueError(f"adamw_: expected rows [n] of one length, found {found}")
+    if control.shape != (CONTROL_SIZE,) or workspace.shape != (WORKSPACE_BYTES,):
+        raise ValueError(
+            f"adamw_: expected a control block [{CONTROL_SIZE}] and a workspace "
+            f"[{WORKSPACE_BYTES}], found {list(control.shape)} and {list(workspace.shape)}"
+        )

@@ -10,6 +10,9 @@ import torch
 import eri
 from eri.errors import EriError
 from eri.files import cache_dir
+from eri.layers.backend import capability_of, unsupported_device
+from eri.layers.build import built_library, library_folder, load_kernels
+from eri.layers.toolchain import Toolchain, architecture, cuda_version, find_toolchain, version_of
 from eri.run.base import look_at
 from eri.run.device import choose_device, choose_dtype, unusable_card
 
@@ -43,6 +46,12 @@ def doctor() -> tuple[list[str], list[str]]:
     except EriError as error:
         problems.append(f"cache: {error}\n  mend: {error.hint}")
     try:
+        more_facts, more_problems = _kernels(device)
+        facts += more_facts
+        problems += more_problems
+    except EriError as error:
+        problems.append(f"kernels: {error}\n  mend: {error.hint}")
+    try:
         demo = look_at("demo")
         count = sum(demo.parts.parameters.values())
         facts.append(
@@ -61,4 +70,33 @@ def _card(device: torch.device) -> str:
     return (
         f"GPU: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
         f"sm_{properties.major}{properties.minor}, CUDA {torch.version.cuda}; trains in {dtype}"
+    )
+
+
+def _kernels(device: torch.device) -> tuple[list[str], list[str]]:
+    """Where the CUDA kernels are, or what they will be built with, or what is missing for that.
+
+    Raises:
+        EriError: the folder, or the library in it, cannot be used.
+    """
+    never = unsupported_device(device)
+    if never is not None:
+        return [f"kernels: PyTorch's own; {never}"], []
+    capability = capability_of(device)
+    name, folder = f"sm_{architecture(capability)}", library_folder(capability)
+    found = find_toolchain(capability)
+    facts = [_compilers(found)] if isinstance(found, Toolchain) else []
+    if built_library(capability) is not None:
+        load_kernels(capability)
+        return [*facts, f"kernels: our own for {name}, in {folder}"], []
+    if isinstance(found, Toolchain):
+        return [*facts, f"kernels: our own for {name}, built by the first run into {folder}"], []
+    lacks = [f"kernels: {lack.what}\n  mend: {lack.mend}" for lack in found]
+    return [f"kernels: PyTorch's own; ours for {name} cannot be built here"], lacks
+
+
+def _compilers(found: Toolchain) -> str:
+    return (
+        f"compilers: nvcc of CUDA {cuda_version(found.nvcc)} ({found.nvcc}), "
+        f"{found.cxx} {version_of(found.cxx)}, ninja {version_of(found.ninja)}"
     )
