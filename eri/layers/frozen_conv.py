@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 __all__ = ["frozen_conv"]
 
@@ -41,7 +42,8 @@ class _FrozenConv(torch.autograd.Function):
         return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (weight,) = ctx.saved_tensors
         shape_alone = grads[0].new_empty(1).expand(ctx.shape)  # the gradient of x needs no more
         dx = torch.ops.aten.convolution_backward(

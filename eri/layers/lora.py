@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from eri.layers.dropout import Dropout
 
-__all__ = ["LoRALayer", "check_rank", "master_dtype"]
+__all__ = ["LoRALayer", "base_of", "check_rank", "master_dtype"]
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
@@ -119,6 +119,18 @@ class LoRALayer(nn.Module, Generic[Layer]):
     def extra_repr(self) -> str:
         """Rank and scale."""
         return f"rank={self.rank}, alpha={self.alpha:g}, merged={self.merged}"
+
+
+def base_of(layer: nn.Module) -> nn.Linear | nn.Conv2d:
+    """The frozen layer of one with a low-rank update; any other layer is its own.
+
+    Raises:
+        TypeError: it is neither a linear layer nor a convolution.
+    """
+    base = layer.base if isinstance(layer, LoRALayer) else layer
+    if not isinstance(base, nn.Linear | nn.Conv2d):
+        raise TypeError(f"expected a linear layer or a convolution, found {type(base).__name__}")
+    return base
 
 
 def master_dtype(weight: Tensor) -> torch.dtype:

@@ -22,14 +22,16 @@ Cost", arXiv 1604.06174.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from eri.layers.geglu import geglu, geglu_backward
-from eri.layers.lora import LoRALayer
+from eri.layers.lora import LoRALayer, base_of
 
 __all__ = ["Projection", "feed_forward", "norm_project", "project", "side_by_side"]
 
@@ -106,12 +108,11 @@ class Projection:
     """
 
     def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
-        bases = [layer.base if isinstance(layer, LoRALayer) else layer for layer in layers]
+        bases = [base_of(layer) for layer in layers]
         weights = [base.weight.flatten(1) for base in bases]
         stacked = side_by_side(weights)
         self.weight = torch.cat(weights) if stacked is None else stacked.flatten(0, 1)
-        biases = [base.bias for base in bases]
-        self.bias = None if biases[0] is None else torch.cat(biases) if biases[1:] else biases[0]
+        self.bias = _side_by_side_bias(bases)
         adapted = [layer for layer in layers if isinstance(layer, LoRALayer) and not layer.merged]
         self.parameters = [
             p for layer in adapted for p in (layer.lora_a.weight, layer.lora_b.weight)
@@ -122,17 +123,7 @@ class Projection:
     @property
     def updates(self) -> list[_Update]:
         """The low-rank updates, as few as the memory allows."""
-        layers = self._layers
-        if len(layers) > 1 and all(isinstance(layer, LoRALayer) for layer in layers):
-            whole = _update(layers, 0, self._dtype)
-            if whole is not None:
-                return [whole]
-        updates, start = [], 0
-        for layer in layers:
-            if isinstance(layer, LoRALayer) and not layer.merged:
-                updates.append(_update([layer], start, self._dtype))
-            start += (layer.base if isinstance(layer, LoRALayer) else layer).weight.shape[0]
-        return updates
+        return _updates(self._layers, self._dtype)
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """y `[T, ΣN]` of x `[T, K]`, and H of each update."""
@@ -199,7 +190,8 @@ class _Project(torch.autograd.Function):
         return y if residual is None else y.add_(residual)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, *hidden = ctx.saved_tensors
         dy = grads[0].flatten(0, -2)
         dx = ctx.projection.backward(dy, x.flatten(0, -2), hidden, ctx.needs_input_grad[0])
@@ -220,7 +212,8 @@ class _NormProject(torch.autograd.Function):
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, mean, rstd, *hidden = ctx.saved_tensors
         norm = ctx.norm
         n = _layer_norm(x, norm)[0].flatten(0, -2)
@@ -251,7 +244,8 @@ class _FeedForward(torch.autograd.Function):
         return y.unflatten(0, x.shape[:-1]).add_(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, mean, rstd, u, *hidden = ctx.saved_tensors
         inner_hidden, outer_hidden = hidden[: ctx.split], hidden[ctx.split :]
         dy = grads[0].flatten(0, -2)
@@ -264,6 +258,17 @@ class _FeedForward(torch.autograd.Function):
         if dn is not None:
             dx = _layer_norm_backward(dn, x, ctx.norm, mean, rstd).add_(grads[0])
         return dx, *[None] * (4 + ctx.inputs)
+
+
+def _side_by_side_bias(layers: Sequence[nn.Linear | nn.Conv2d]) -> Tensor | None:
+    """The biases of some layers as one, zeros for one without; None if none has one."""
+    if all(layer.bias is None for layer in layers):
+        return None
+    biases = [
+        layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+        for layer in layers
+    ]
+    return biases[0] if len(biases) == 1 else torch.cat(biases)
 
 
 def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
@@ -280,20 +285,39 @@ def _layer_norm_backward(
     return backward(dn.view(x.shape), x, shape, mean, rstd, norm.weight, norm.bias, frozen)[0]
 
 
-def _update(layers: Sequence[LoRALayer], start: int, dtype: torch.dtype) -> _Update | None:
-    """The updates of some layers as one; None if they are unlike or lie apart in memory."""
-    first = layers[0]
-    if any(layer.merged or layer.scale != first.scale for layer in layers):
-        return None
-    pairs = [layer.matrices(dtype) for layer in layers]
-    grads = [(_grad(layer.lora_a.weight), _grad(layer.lora_b.weight)) for layer in layers]
-    stacks = [
-        side_by_side(column) for column in (*zip(*pairs, strict=True), *zip(*grads, strict=True))
+def _updates(layers: Sequence[nn.Module], dtype: torch.dtype) -> list[_Update]:
+    """The low-rank updates of some layers, as one where their matrices lie side by side."""
+    adapted = [(layer, start) for layer, start in _starts(layers) if not layer.merged]
+    if len(adapted) == len(layers) > 1 and len({layer.scale for layer, _ in adapted}) == 1:
+        columns = zip(*(_matrices(layer, dtype) for layer, _ in adapted), strict=True)
+        stacks = [side_by_side(column) for column in columns]
+        whole = [stack for stack in stacks if stack is not None]
+        if len(whole) == len(stacks):
+            return [_update(whole, 0, adapted[0][0].scale)]
+    return [
+        _update([matrix[None] for matrix in _matrices(layer, dtype)], start, layer.scale)
+        for layer, start in adapted
     ]
-    if any(stack is None for stack in stacks):
-        return None
+
+
+def _starts(layers: Sequence[nn.Module]) -> list[tuple[LoRALayer, int]]:
+    """Those with an update, each with its first column among the outputs of all."""
+    widths = [len(base_of(layer).weight) for layer in layers]
+    starts = accumulate(widths, initial=0)
+    pairs = zip(layers, starts, strict=False)  # the last start is where all end
+    return [(layer, start) for layer, start in pairs if isinstance(layer, LoRALayer)]
+
+
+def _matrices(layer: LoRALayer, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A, B and the gradients of both, as matrices."""
+    down, up = layer.matrices(dtype)
+    return down, up, _grad(layer.lora_a.weight), _grad(layer.lora_b.weight)
+
+
+def _update(stacks: Sequence[Tensor], start: int, scale: float) -> _Update:
+    """From A, B and their gradients, each of n layers, `[n, rows, columns]`."""
     down, up, d_down, d_up = stacks
-    return _Update(start, down.flatten(0, 1), up, d_down.flatten(0, 1), d_up, first.scale)
+    return _Update(start, down.flatten(0, 1), up, d_down.flatten(0, 1), d_up, scale)
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:

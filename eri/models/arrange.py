@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from eri.layers import LoRAConv2d, LoRALinear
-from eri.layers.lora import LoRALayer
+from eri.layers.lora import base_of
 from eri.models.blocks import (
     RECOMPUTE,
     BasicTransformerBlock,
@@ -67,8 +67,7 @@ def _check_lean(unet: UNet) -> None:
 
 
 def _lay_side_by_side(*layers: nn.Module) -> None:
-    bases = [layer.base if isinstance(layer, LoRALayer) else layer for layer in layers]
-    weights = [base.weight for base in bases]
+    weights = [base_of(layer).weight for layer in layers]
     whole = torch.stack([weight.data for weight in weights])
     for weight, part in zip(weights, whole, strict=True):
         weight.data = part

@@ -163,7 +163,7 @@ class BasicTransformerBlock(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Map tokens `[B, T, D]` and context `[B, S, K]` to `[B, T, D]`."""
         if self.recompute == "blocks":
-            return _recomputed(self._run, x, context)
+            return self._recomputed(self._run, x, context)
         return self._run(x, context)
 
     def _run(self, x: Tensor, context: Tensor) -> Tensor:
@@ -178,12 +178,12 @@ class BasicTransformerBlock(nn.Module):
         self, x: Tensor, norm: LayerNorm, attention: LoRAAttention, context: Tensor | None
     ) -> Tensor:
         if self.recompute == "projections":
-            return x + _recomputed(lambda x: attention(norm(x), context), x)
+            return x + self._recomputed(lambda x: attention(norm(x), context), x)
         return x + attention(norm(x), context)
 
     def _feed(self, x: Tensor) -> Tensor:
         if self.recompute in {"feed-forward", "projections"}:
-            return x + _recomputed(lambda x: self.ff(self.norm3(x)), x)
+            return x + self._recomputed(lambda x: self.ff(self.norm3(x)), x)
         return x + self.ff(self.norm3(x))
 
     def _lean_attend(
@@ -194,6 +194,10 @@ class BasicTransformerBlock(nn.Module):
     def _lean_feed(self, x: Tensor) -> Tensor:
         again = self.recompute in {"feed-forward", "projections"}
         return feed_forward(x, self.norm3, self.ff.proj_in, self.ff.proj_out, recompute=again)
+
+    def _recomputed(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """`run(*inputs)`, of which only the inputs are kept; lean blocks draw no numbers."""
+        return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=not self.lean)
 
 
 class SpatialTransformer(nn.Module):
@@ -269,11 +273,6 @@ class SpatialTransformer(nn.Module):
         for block in self.blocks:
             h = block(h, context)
         return project(h, self.proj_out, residual=_tokens(x))
-
-
-def _recomputed(run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`run(*inputs)`, of which the backward pass keeps the inputs and computes the rest again."""
-    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=True)
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from eri.models.unet import UNet
 from eri.run import checkpoints
 from eri.run.adapter_files import CONFIG, finished_adapter, is_finished, shapes_of, write_verified
 from eri.run.base import BaseFacts, look_at
+from eri.run.clock import Clock
 from eri.run.dataset import Images, look_at_images
 from eri.run.device import unusable_card
 from eri.run.encoding import Encoder
@@ -96,6 +97,7 @@ class _Run:
         self.plan = plan
         self.choice = plan.choice
         self.resumed = False
+        self.clock = Clock()
         self.layers = shapes_of(facts.spec)
         self.identity = _identity(config, facts, images, plan)
 
@@ -141,7 +143,8 @@ class _Run:
             console=self.console,
             check_stop=stop.raise_if_stopped,
         )
-        encoded = encode(self.config, self.plan, self.images, encoder)
+        with self.clock("caching"):
+            encoded = encode(self.config, self.plan, self.images, encoder)
         with self._loader(encoded, 0 if checkpoint is None else checkpoint.step) as batches:
             return self._go_on(encoded, checkpoint, batches, stop)
 
@@ -163,7 +166,8 @@ class _Run:
         batches: Loader,
         stop: StopSignals,
     ) -> bool:
-        parts = build(self.config, self.plan, self.facts, encoded, settle=self._settle)
+        with self.clock("loading"):
+            parts = build(self.config, self.plan, self.facts, encoded, settle=self._settle)
         examples = self.images.examples(self.plan.size)  # now: hours later they may be gone
         size = sum(p.numel() for p in parts.adapter.parameters()) * BYTES_OF_A_STATE
         require_space(self.folder, size * (self.config.save.keep + 1))
@@ -202,7 +206,7 @@ class _Run:
         log_file = self.folder / "log.jsonl"
         cut(log_file, state.step)
         if self.images.validation.items:
-            with parts.workspace():
+            with self.clock("validation"), parts.workspace():
                 before = Validation(self.folder, parts, self.images.validation.fingerprint).before()
             self.say(f"held-out loss {before.mean:.4f} at the start")
         if self.plan.loop.sample_every and state.step == 0:
@@ -211,24 +215,32 @@ class _Run:
 
         steps = self.plan.loop.steps
         with Log(log_file, steps=steps, step=state.step, console=self.console) as log:
-            train_loop(
-                self.plan.loop,
-                state,
-                step=parts.step,
-                batches=batches,
-                log=log,
-                sample=lambda step: self._draw(parts, step, stop),
-                save=lambda: self._save(parts),
-                stop=stop,
-            )
+            with self.clock("training"):
+                train_loop(
+                    self.plan.loop,
+                    state,
+                    step=parts.step,
+                    batches=batches,
+                    log=log,
+                    sample=lambda step: self._draw(parts, step, stop),
+                    save=lambda: self._save(parts),
+                    stop=stop,
+                )
+        if parts.step.graphs is not None:
+            self.clock.move(parts.step.graphs.seconds, "training", "recording")
+        self.clock.move(log.waited, "training", "waiting for samples")
         remember_rate(self.plan.pace, log.images_per_second)
 
     def _draw(self, parts: Parts, step: int, stop: Callable[[], bool]) -> None:
-        with parts.workspace():
+        with self.clock("previews"), parts.workspace():
             parts.previews.draw(step, stop)
 
     def _save(self, parts: Parts) -> None:
         """Write an adapter of this step and the state, then delete old states."""
+        with self.clock("saving"):
+            self._save_all(parts)
+
+    def _save_all(self, parts: Parts) -> None:
         metadata = self._metadata(parts.state.step)
         name = f"{finished_adapter(self.folder).stem}-{parts.state.step:06}.safetensors"
         if not (self.folder / "adapters" / name).exists():
@@ -245,16 +257,18 @@ class _Run:
         step = parts.state.step
         if self.images.validation.items:
             images = self.images.validation.fingerprint
-            with parts.workspace():
+            with self.clock("validation"), parts.workspace():
                 self.say(Validation(self.folder, parts, images).compare())
         sheet = None
         if self.plan.loop.sample_every:
-            with parts.workspace():
+            with self.clock("previews"), parts.workspace():
                 sheet = parts.previews.sheet(step, examples, stop)
             if sheet is None:
                 return False
         path = finished_adapter(self.folder)
-        self._write_adapter(parts, path, self._metadata(step))
+        with self.clock("saving"):
+            self._write_adapter(parts, path, self._metadata(step))
+        self.say(f"time     {self.clock.told()}")
         self.say(f"adapter  {path}")
         if sheet is not None:
             self.say(f"picture  {sheet}")

@@ -15,6 +15,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +86,7 @@ class Graphs:
     def __init__(self, workspace: Workspace, most: int = MOST) -> None:
         self.workspace = workspace
         self.most = most
+        self.seconds = 0.0  # of the host, for what is met first and for recording
         self._met: set[object] = set()
         self._graphs: OrderedDict[object, _Graph] = OrderedDict()
 
@@ -96,15 +99,18 @@ class Graphs:
             inputs: on the device or on the host; what it is given is on the device.
         """
         key = (run, *((name, t.shape, t.dtype) for name, t in sorted(inputs.items())))
+        began = perf_counter()
         if key not in self._met or not self.most:
             self._met.add(key)
             with self.workspace():
                 run({name: self._moved(tensor) for name, tensor in inputs.items()})
+            self.seconds += perf_counter() - began
             return
         if key not in self._graphs:
             while len(self._graphs) >= self.most:
                 self._graphs.popitem(last=False)
             self._graphs[key] = self._record(run, inputs)
+            self.seconds += perf_counter() - began
         self._graphs.move_to_end(key)
         graph = self._graphs[key]
         with self.workspace.on_stream():
@@ -119,8 +125,9 @@ class Graphs:
         device, workspace = self.workspace.device, self.workspace
         places = {name: torch.empty_like(t, device=device) for name, t in inputs.items()}
         graph = torch.cuda.CUDAGraph()
+        pool: Any = workspace.pool.id  # that of a handle, whose type is PyTorch's own
         with (
-            torch.cuda.graph(graph, pool=workspace.pool.id, stream=workspace.stream),
+            torch.cuda.graph(graph, pool=pool, stream=workspace.stream),
             torch.autograd.set_multithreading_enabled(False),
         ):
             run(places)

@@ -36,6 +36,7 @@ class Log:
 
     def __init__(self, path: Path, *, steps: int, step: int, console: Console) -> None:
         self.console = console
+        self.waited = 0.0  # seconds, for samples to be there
         self._path = path
         self._steps = steps
         self._seconds = 0.0  # spent in steps, previews and saves left out

@@ -67,7 +67,10 @@ def train(
         lr = learning_rate(
             plan.lr, plan.schedule, step=state.step, steps=plan.steps, warmup=plan.warmup
         )
-        running.append((step(batches(state.step), lr), lr))
+        asked = perf_counter()
+        micro_batches = batches(state.step)
+        log.waited += perf_counter() - asked
+        running.append((step(micro_batches, lr), lr))
         state.step += 1
         finish(AHEAD)
 

@@ -45,8 +45,9 @@ class TrainState:
 
     def numbers(self) -> dict[str, object]:
         """The rest, as JSON can hold it."""
-        control = self.control.tolist()
-        return {"step": self.step} | {name: control[place] for name, place in NUMBERS.items()}
+        control: list[float] = self.control.tolist()
+        found: dict[str, object] = {name: control[place] for name, place in NUMBERS.items()}
+        return {"step": self.step} | found
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, object]) -> None:
@@ -64,12 +65,13 @@ class TrainState:
         if missing:
             raise ModelError(f"the optimizer state lacks {missing[0]!r}")
         step = numbers.get("step")
-        found = {name: numbers.get(name) for name in NUMBERS}
-        wrong = [name for name, value in found.items() if not isinstance(value, int | float)]
-        if not isinstance(step, int) or wrong:
-            raise ModelError(f"the state lacks its {wrong[0] if wrong else 'step'}")
+        if not isinstance(step, int):
+            raise ModelError("the state lacks its step")
+        for name, place in NUMBERS.items():
+            number = numbers.get(name)
+            if not isinstance(number, int | float):
+                raise ModelError(f"the state lacks its {name}")
+            self.control[place] = number
         for name, tensor in tensors.items():
             mine[name].copy_(tensor)
-        for name, place in NUMBERS.items():
-            self.control[place] = found[name]
         self.step = step
