@@ -284,15 +284,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing_of_it(
 ) -> None:
     from eri.run.objective import Objective
 
-    right = Objective.__call__
+    right = Objective.draw
 
-    def wrong(self: Objective, batch) -> torch.Tensor:
-        loss = right(self, batch)
-        return loss * float("nan") if batch.numbers[0] >= 5 else loss
+    def wrong(self: Objective, batch) -> dict[str, torch.Tensor]:
+        inputs = right(self, batch)
+        return inputs | {"mean": inputs["mean"] * float("nan" if batch.numbers[0] >= 5 else 1)}
 
-    monkeypatch.setattr(Objective, "__call__", wrong)
+    monkeypatch.setattr(Objective, "draw", wrong)
     with pytest.raises(NonFiniteError, match="step 4") as stopped:
         train(config, screen.console)
     assert stopped.value.problems[0].endswith(".png")  # the images of the step
+    assert steps_in_log(config.output) == [1, 2, 3]
     assert [path.name for path in config.output.glob("checkpoint-*")] == ["checkpoint-000002"]
     assert not (config.output / "disc.safetensors").exists()
