@@ -263,7 +263,9 @@ def _build_file(toolchain: Toolchain, arch: str) -> str:
     present = [f"-l{name}" for name in libraries if (home / f"lib/lib{name}.so").is_file()]
     cxx = [toolchain.cxx, *CXX_FLAGS, f"-I{home / 'include'}"]
     nvcc = [toolchain.nvcc, "-ccbin", toolchain.cxx, cards]
-    link = [*nvcc, *LINK_FLAGS]
+    runtime = Path(toolchain.nvcc).resolve().parents[1] / "lib"  # in packages; else lib64
+    found = [f"-L{runtime}"] if (runtime / "libcudart_static.a").is_file() else []
+    link = [*nvcc, *LINK_FLAGS, *found]
     lines = [
         f"rule cpp\n  command = {_command(cxx)} -c $in -o $out",
         f"rule cu\n  command = {_command([*nvcc, *CUDA_FLAGS])} -c $in -o $out",

@@ -13,6 +13,7 @@ import torch
 __all__ = ["Lack", "Toolchain", "architecture", "cuda_version", "find_toolchain", "version_of"]
 
 CUDA_FOLDERS = ("/usr/local/cuda", "/opt/cuda")
+PACKAGES = Path(torch.__file__).parents[1]  # where those of the package index are installed
 SECONDS = 30  # that a program may take to say its version
 
 
@@ -57,31 +58,70 @@ def version_of(program: str) -> str:
 def find_toolchain(capability: tuple[int, int]) -> Toolchain | list[Lack]:
     """Look for the programs, and whether they can build for a card.
 
+    Of several CUDA compilers the first that fits is taken: the one that CUDA_HOME names, and no
+    other; else those of the package index, of the PATH and of the usual folders.
+
     Args:
         capability: of the card, as `torch.cuda.get_device_capability` has it.
 
     Returns:
         The programs, or everything that is missing.
     """
-    nvcc, cxx, ninja = _find_nvcc(), _find_cxx(), _find_ninja()
-    lacks = [*_lacks_of(nvcc, capability)]
+    compilers = {nvcc: _misfit(nvcc, capability) for nvcc in _compilers()}
+    nvcc = next((nvcc for nvcc, misfit in compilers.items() if misfit is None), None)
+    cxx, ninja = _find_cxx(), _find_ninja()
+    if nvcc is not None and cxx is not None and ninja is not None:
+        return Toolchain(nvcc, cxx, ninja)
+    lacks = []
+    if nvcc is None:
+        misfits = filter(None, compilers.values())
+        lacks.append(Lack("; ".join(misfits) or "no CUDA compiler (nvcc)", _toolkit()))
     if cxx is None:
         named = f" (CXX is {os.environ['CXX']!r})" if os.environ.get("CXX") else ""
         mend = "install g++ (Debian and Ubuntu: apt install g++)"
         lacks.append(Lack(f"no C++ compiler{named}", mend))
     if ninja is None:
         lacks.append(Lack("no ninja", "pip install ninja"))
-    if lacks or nvcc is None or cxx is None or ninja is None:
-        return lacks
-    return Toolchain(nvcc, cxx, ninja)
+    return lacks
 
 
-def _find_nvcc() -> str | None:
+def _compilers() -> list[str]:
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if named:
-        return shutil.which(os.path.join(named, "bin", "nvcc"))
-    places = (os.path.join(folder, "bin", "nvcc") for folder in CUDA_FOLDERS)
-    return next(filter(None, map(shutil.which, ("nvcc", *places))), None)
+        places = [os.path.join(named, "bin", "nvcc")]
+    else:
+        packages = sorted(PACKAGES.glob("nvidia/cu*/bin/nvcc"), reverse=True)
+        usual = [os.path.join(folder, "bin", "nvcc") for folder in CUDA_FOLDERS]
+        places = [*map(str, packages), "nvcc", *usual]
+    found = filter(None, map(shutil.which, places))
+    return list({os.path.realpath(path): path for path in reversed([*found])}.values())[::-1]
+
+
+def _misfit(nvcc: str, capability: tuple[int, int]) -> str | None:
+    """Why a compiler cannot build kernels for this PyTorch and a card; None where it can."""
+    found, wanted = cuda_version(nvcc), _wanted()
+    if found is None:
+        return f"{nvcc} does not say its version"
+    if int(found.partition(".")[0]) > int(wanted.partition(".")[0]):
+        # a driver that is new enough for PyTorch may be too old for what this compiler builds
+        return f"{nvcc} is of CUDA {found}, PyTorch of CUDA {wanted}"
+    name = "compute_{}{}".format(*capability)
+    if name not in _output(nvcc, "--list-gpu-arch").split():
+        return f"{nvcc} (CUDA {found}) does not build for sm_" + "{}{}".format(*capability)
+    return None
+
+
+def _wanted() -> str:
+    return torch.version.cuda or "13.0"
+
+
+def _toolkit() -> str:
+    """How to get a CUDA compiler; from version 13 on the package index has all of it."""
+    wanted = _wanted()
+    install = f"install the CUDA toolkit {wanted} and set CUDA_HOME to its folder"
+    if int(wanted.partition(".")[0]) < 13:
+        return install
+    return f'pip install "cuda-toolkit[nvcc,cccl]=={wanted}.*", or {install}'
 
 
 def _find_cxx() -> str | None:
@@ -92,24 +132,6 @@ def _find_cxx() -> str | None:
 def _find_ninja() -> str | None:
     """On the PATH, or beside this Python: a virtual environment that is not activated has it."""
     return shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
-
-
-def _lacks_of(nvcc: str | None, capability: tuple[int, int]) -> list[Lack]:
-    wanted = torch.version.cuda or "13.0"
-    toolkit = f"install the CUDA toolkit {wanted} and set CUDA_HOME to its folder"
-    if nvcc is None:
-        return [Lack("no CUDA compiler (nvcc)", toolkit)]
-    found = cuda_version(nvcc)
-    if found is None:
-        return [Lack(f"{nvcc} does not say its version", toolkit)]
-    if int(found.partition(".")[0]) > int(wanted.partition(".")[0]):
-        # a driver that is new enough for PyTorch may be too old for what this compiler builds
-        return [Lack(f"{nvcc} is of CUDA {found}, PyTorch of CUDA {wanted}", toolkit)]
-    name = "compute_{}{}".format(*capability)
-    if name not in _output(nvcc, "--list-gpu-arch").split():
-        card = "sm_{}{}".format(*capability)
-        return [Lack(f"{nvcc} (CUDA {found}) does not build for {card}", toolkit)]
-    return []
 
 
 def _output(program: str, *arguments: str) -> str:

@@ -76,6 +76,21 @@ def test_what_is_compiled_and_how(tools: Callable[..., Path], sources: Path) -> 
     assert "torch_python" not in linked and "c10" not in linked
 
 
+def test_the_runtime_of_the_package_index_is_found(
+    tools: Callable[..., Path], tmp_path: Path
+) -> None:
+    tools()
+    here = tmp_path / "lib"
+    path = library(HOPPER)
+    assert isinstance(path, Path)
+    assert f"-L{here}" not in path.read_text().split()
+    here.mkdir()
+    (here / "libcudart_static.a").touch()
+    path = library(ADA)
+    assert isinstance(path, Path)
+    assert f"-L{here}" in path.read_text().split()
+
+
 def test_it_is_this_users_alone(tools: Callable[..., Path]) -> None:
     tools()
     path = library(HOPPER)

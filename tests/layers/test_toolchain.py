@@ -27,6 +27,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("CUDA_HOME", "CUDA_PATH", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(module, "CUDA_FOLDERS", (str(tmp_path / "cuda"),))
+    monkeypatch.setattr(module, "PACKAGES", tmp_path / "packages")
     monkeypatch.setattr(module.sys, "executable", str(tmp_path / "venv/bin/python"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     return folder
@@ -52,7 +53,10 @@ def test_everything_missing_is_told_at_once(machine: Path, monkeypatch: pytest.M
         "no C++ compiler",
         "no ninja",
     ]
-    assert found[0].mend == "install the CUDA toolkit 13.0 and set CUDA_HOME to its folder"
+    assert found[0].mend == (
+        'pip install "cuda-toolkit[nvcc,cccl]==13.0.*", or '
+        "install the CUDA toolkit 13.0 and set CUDA_HOME to its folder"
+    )
     assert str(found[2]) == "no ninja; pip install ninja"
 
 
@@ -77,7 +81,7 @@ def test_the_usual_folder_needs_no_path(machine: Path, tmp_path: Path) -> None:
 
 
 def test_a_cuda_newer_than_pytorchs_does_not_fit(
-    machine: Path, monkeypatch: pytest.MonkeyPatch
+    machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     assert lacks() == [
@@ -86,6 +90,17 @@ def test_a_cuda_newer_than_pytorchs_does_not_fit(
             "install the CUDA toolkit 12.8 and set CUDA_HOME to its folder",
         )
     ]
+    fitting = put_compiler(tmp_path / "cuda/bin/nvcc", cuda="12.9")
+    found = find_toolchain((9, 0))
+    assert isinstance(found, Toolchain)
+    assert found.nvcc == fitting
+
+
+def test_the_compiler_of_the_package_index_comes_first(machine: Path, tmp_path: Path) -> None:
+    packaged = put_compiler(tmp_path / "packages/nvidia/cu13/bin/nvcc")
+    found = find_toolchain((9, 0))
+    assert isinstance(found, Toolchain)
+    assert found.nvcc == packaged
 
 
 def test_a_card_that_the_compiler_does_not_know(machine: Path) -> None:
