@@ -85,17 +85,17 @@ def adamw_reference(
     update = _decide(control, norm, growth_interval)
     updates = before[Control.UPDATES] + update
 
-    def scalar(value: Tensor | float, otherwise: float = 0.0) -> Tensor:
-        """A number of this update, and one that changes nothing where there is none."""
+    def scalar(value: Tensor | float) -> Tensor:
+        """A number of this update; 0 where there is none, which changes nothing."""
         value = value if isinstance(value, Tensor) else torch.full_like(scale, value)
-        return torch.where(update, value, otherwise).to(master.dtype)
+        return torch.where(update, value, 0.0).to(master.dtype)
 
     clip = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     torch.where(update, grad, grad.new_zeros(()), out=grad)  # NaN · 0 would still be NaN
     grad.mul_(scalar(clip / scale))
     exp_avg.lerp_(grad, scalar(1 - beta1))
     exp_avg_sq.lerp_(grad.square_(), scalar(1 - beta2))
-    root = scalar(1 / (1 - beta2**updates).sqrt(), otherwise=1.0)
+    root = scalar(1 / (1 - beta2**updates).sqrt())
     denominator = torch.sqrt(exp_avg_sq, out=grad).mul_(root).add_(eps)
     change = torch.div(exp_avg, denominator, out=grad).mul_(scalar(lr / (1 - beta1**updates)))
     master.sub_(change.addcmul_(master, scalar(lr * weight_decay)))

@@ -214,9 +214,6 @@ def _build(final: Path, toolchain: Toolchain, capability: tuple[int, int], say: 
         objects.mkdir()
         compile_library(objects, toolchain, arch).replace(staging / LIBRARY)
         shutil.rmtree(objects)
-        (staging / LIBRARY).chmod(0o600)
-    with disk_errors(final):
-        final.chmod(0o700)
 
 
 def compile_library(folder: Path, toolchain: Toolchain, arch: str) -> Path:

@@ -16,7 +16,7 @@ else:
     with open({log!r}, "a") as log:
         print(*sys.argv[1:], file=log)
     if {broken!r} and {broken!r} in " ".join(sys.argv):
-        print(f"{broken}(7): error: identifier \\x1b[31mfoo is undefined")
+        print(f"{broken}(7): error: identifier \\x07foo is undefined")
         sys.exit(2)
     pathlib.Path(sys.argv[sys.argv.index("-o") + 1]).write_text(" ".join(sys.argv))
 """

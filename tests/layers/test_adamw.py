@@ -23,6 +23,8 @@ SDXL_PARAMETERS = 42_560_000  # of a LoRA of rank 16 on every linear layer
 ODD_SIZES = (1, 3, 4, 5, 1023, 2048, 2049, 300_007)
 LARGE = 2**31 + 5
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
 
 @pytest.fixture(autouse=True)
 def backend() -> Iterator[None]:
@@ -164,8 +166,10 @@ def test_the_shadow_is_the_cast_parameters_and_the_gradient_is_zero(dtype: torch
     assert torch.equal(flat.grad, torch.zeros(77))
 
 
-def test_without_a_shadow_or_with_the_parameters_themselves() -> None:
-    flat = make(33, shadow=None)
+@pytest.mark.parametrize("device", DEVICES)
+def test_without_a_shadow_or_with_the_parameters_themselves(device: str) -> None:
+    set_backend("auto" if device == "cpu" else "cuda")
+    flat = make(33, shadow=None, device=device)
     same = flat.to()
     same.shadow = same.master
     grad = torch.randn(33)
@@ -200,9 +204,6 @@ def unchanged(flat: Flat, before: Flat) -> bool:
     )
     shadow = torch.equal(flat.shadow.view(torch.int16), before.shadow.view(torch.int16))
     return all(same) and shadow and not flat.grad.any()
-
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
