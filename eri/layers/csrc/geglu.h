@@ -5,6 +5,9 @@
 
 namespace eri {
 
+// Of u: fewer than this, so that threads can be counted with 32 bits.
+constexpr int64_t kGegluElements = 1LL << 34;
+
 enum class GegluType : int { kFloat, kHalf, kBFloat16 };
 
 struct GegluArguments {
@@ -13,7 +16,7 @@ struct GegluArguments {
   void* result;    // a [rows, width], or du [rows, 2 * width]
   GegluType type;  // of all of them
   int64_t rows;    //
-  int64_t width;   // a multiple of the numbers in 16 bytes; rows * width / that number < 2^31
+  int64_t width;   // a multiple of the numbers in 16 bytes
 };
 
 // Each queues one kernel on a cudaStream_t; returns null, or what CUDA says is wrong.
