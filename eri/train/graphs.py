@@ -127,7 +127,10 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         pool: Any = workspace.pool.id  # that of a handle, whose type is PyTorch's own
         with (
-            torch.cuda.graph(graph, pool=pool, stream=workspace.stream),
+            # other threads may pin memory meanwhile, as those that read samples do
+            torch.cuda.graph(
+                graph, pool=pool, stream=workspace.stream, capture_error_mode="thread_local"
+            ),
             torch.autograd.set_multithreading_enabled(False),
         ):
             run(places)
