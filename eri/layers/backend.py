@@ -6,6 +6,7 @@ and could not be is an error under `auto`, too: nothing becomes slow in silence.
 """
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -39,6 +40,7 @@ class _State:
     backend: Backend = "auto"
     say: Callable[[str], None] = log.warning
     said: set[str] = field(default_factory=set)
+    ready: set[torch.device] = field(default_factory=set)  # asked for at every call of an op
 
 
 _state = _State()
@@ -58,6 +60,7 @@ def set_backend(backend: Backend, say: Callable[[str], None] = log.warning) -> N
         raise ValueError(f"backend {backend!r}: expected auto, cuda or reference")
     _state.backend, _state.say = backend, say
     _state.said.clear()
+    _state.ready.clear()
 
 
 def current_backend() -> Backend:
@@ -87,7 +90,9 @@ def kernels_ready(device: torch.device) -> bool:
     """
     if _state.backend == "reference" or (device.type != "cuda" and _state.backend == "auto"):
         return False
-    return _granted(no_kernels(device), "")
+    if device not in _state.ready and _granted(no_kernels(device), ""):
+        _state.ready.add(device)
+    return device in _state.ready
 
 
 def _granted(reason: str | None, where: str) -> bool:
@@ -120,6 +125,8 @@ def unsupported_device(device: torch.device) -> str | None:
     """Why no kernel can ever run on a device, in words; None where they can."""
     if device.type != "cuda":
         return f"our kernels are for NVIDIA cards, this is {device.type}"
+    if sys.platform != "linux":
+        return f"our kernels are built on Linux and WSL2, this is {sys.platform}"
     if torch.version.hip is not None:
         return "our kernels are for NVIDIA cards, this PyTorch is for AMD's"
     if (found := capability_of(device)) < OLDEST:

@@ -83,7 +83,7 @@ def _load(capability: tuple[int, int], say: Say) -> str | None:
     if isinstance(path, str):
         return path
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(os.fspath(path))
     except OSError as error:
         raise ConfigError(
             f"the CUDA kernels cannot be loaded: {printable(str(error.__cause__ or error))}",
@@ -207,7 +207,7 @@ def _turn(folder: Path, say: Say) -> Iterator[None]:
 
 def _build(final: Path, toolchain: Toolchain, capability: tuple[int, int], say: Say) -> None:
     arch = architecture(capability)
-    say(f"building the CUDA kernels for sm_{arch}, once; this takes some seconds")
+    say(f"building the CUDA kernels for sm_{arch}, once; it takes less than a minute")
     identity = {"card": f"sm_{arch}", "torch": str(torch.__version__), "cuda": torch.version.cuda}
     with commit_folder(final, identity=identity) as staging:
         objects = staging / "objects"

@@ -1,6 +1,7 @@
 """Flat AdamW: the definition against PyTorch's, the kernel against the definition."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
@@ -17,6 +18,7 @@ from eri.layers.adamw import (
     unsupported,
 )
 from eri.layers.backend import set_backend
+from eri.layers.build import SOURCES
 
 LR = float(torch.tensor(3e-3))  # as the control block holds it
 SDXL_PARAMETERS = 42_560_000  # of a LoRA of rank 16 on every linear layer
@@ -350,6 +352,17 @@ def test_the_op_on_the_cpu_is_the_definition() -> None:
     same.update(max_grad_norm=1.0, growth_interval=10)
     assert torch.equal(flat.master, same.master)
     assert torch.equal(flat.control, same.control)
+
+
+def test_the_kernel_has_the_same_places_and_sizes() -> None:
+    header = (SOURCES / "adamw.h").read_text()
+    places = dict(re.findall(r"k(\w+) = (\d+),", header))
+    assert places.pop("ControlSize") == str(CONTROL_SIZE)
+    names = {place.name.title().replace("_", ""): str(int(place)) for place in Control}
+    assert places == names
+    found = re.search(r"kAdamwWorkspaceBytes = (\d+);", header)
+    assert found is not None
+    assert int(found[1]) == adamw_workspace(torch.device("cpu")).numel()
 
 
 def test_the_backend_cuda_refuses_other_devices() -> None:

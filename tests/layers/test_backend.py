@@ -47,6 +47,8 @@ def test_auto_takes_the_kernel_where_there_is_one(machine: Machine) -> None:
     assert not use_kernel("op", CPU, supported)
     assert said == []
     assert machine.loads == 1
+    assert use_kernel("op", CARD, supported)
+    assert machine.loads == 1  # not looked for at every call
 
 
 def test_auto_says_each_reason_once(machine: Machine) -> None:
@@ -62,8 +64,8 @@ def test_auto_says_each_reason_once(machine: Machine) -> None:
 
 def test_auto_without_a_compiler_says_so_once_for_all_ops(machine: Machine) -> None:
     said: list[str] = []
-    set_backend("auto", said.append)
     machine.missing = "no CUDA compiler (nvcc)"
+    set_backend("auto", said.append)
     assert not use_kernel("one", CARD, supported)
     assert not use_kernel("two", CARD, supported)
     assert said == ["PyTorch's own operations, not our kernels: no CUDA compiler (nvcc)"]
@@ -87,6 +89,7 @@ def test_cuda_takes_the_kernel_or_raises(machine: Machine) -> None:
     with pytest.raises(ConfigError, match="this is cpu"):
         use_kernel("op", CPU, supported)
     machine.missing = "no CUDA compiler (nvcc)"
+    set_backend("cuda")
     with pytest.raises(ConfigError, match=r"^no CUDA compiler"):
         kernels_ready(CARD)
 
@@ -105,6 +108,9 @@ def test_cards_that_have_no_kernels(machine: Machine, monkeypatch: pytest.Monkey
         kernels_ready(CARD)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with pytest.raises(ConfigError, match="this PyTorch is for AMD's"):
+        kernels_ready(CARD)
+    monkeypatch.setattr(module.sys, "platform", "win32")
+    with pytest.raises(ConfigError, match="built on Linux and WSL2, this is win32"):
         kernels_ready(CARD)
     assert machine.loads == 0
 
