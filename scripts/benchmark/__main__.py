@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--tiny", action="store_true", help="a tiny net that runs anywhere")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         one.add_argument("--device", default=device)
-        if name != "kernels":
+        if name in ("step", "gradients"):
             one.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
         one.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
         one.set_defaults(run=module.run)

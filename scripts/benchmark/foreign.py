@@ -1,8 +1,8 @@
 """kohya's and OneTrainer's own modules, from a checkout of theirs, in the step of the others.
 
 Of kohya's sd-scripts: its U-Nets and `networks/lora.py`. Of OneTrainer: `LoRAModule` over the U-Net
-of diffusers, with its blocks checkpointed and compiled as its set-up does. What these files import beside
-that (quantised layers, image tools, settings) is replaced by empty stand-ins.
+of diffusers, with its blocks checkpointed and compiled as its set-up does. What these files import
+beside that (quantised layers, image tools, settings) is replaced by empty stand-ins.
 """
 
 import importlib

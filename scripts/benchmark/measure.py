@@ -26,7 +26,7 @@ CLASSES = {
     "conv": r"conv|fprop|dgrad|wgrad|implicit_gemm",
     "gemm": r"gemm|nvjet|splitk|cutlass|cublas|addmm|\bmm\b|bmm",
     "reduce": r"reduce|triton_(red|per)|softmax",
-    "elementwise": r"elementwise|vectorized|unrolled|triton_poi|gelu|silu|pointwise|::(add|mul|sub)",
+    "elementwise": r"elementwise|vectorized|unrolled|triton_poi|gelu|silu|::(add|mul|sub)",
 }
 NOT_READ = {"aten::copy_", "aten::fill_", "aten::zero_", "aten::normal_", "aten::random_"}
 MOVES_NOTHING = {"aten::_unsafe_view", "aten::detach", "aten::empty", "aten::empty_like"}

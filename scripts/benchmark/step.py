@@ -208,7 +208,7 @@ def report(rows: Sequence[Row], facts: Mapping[str, str], options: argparse.Name
 def _line(row: Row, options: argparse.Namespace) -> str:
     start = f"{row.case:<33}{row.batch:>6}"
     if row.failed:
-        return f"{start}  failed: {row.failed}"[:400]
+        return f"{start}  failed: {row.failed}"[:120]
     family = family_of(row.family, tiny=options.tiny)
     mfu = floor = None
     if family.teraflops is not None and family.floor_ms is not None:
@@ -239,10 +239,9 @@ def _warnings(rows: Iterable[Row]) -> list[str]:
     for row in rows:
         std = row.details.get("prediction_std")
         if std is not None and not 1e-3 < std < 1e3:
-            lines.append(
-                f"{row.case}: the prediction's deviation is {std:g}: its time says nothing"
-            )
-        lines += [f"{row.case}: {note}" for note in row.details.get("notes", ())]
+            lines.append(f"{row.case}: a prediction of deviation {std:g}: its time says nothing")
+        failures = [f"failed: {row.failed}"] if row.failed else []
+        lines += [f"{row.case}: {note}" for note in (*failures, *row.details.get("notes", ()))]
     stds = {row.details["prediction_std"] for row in rows if "prediction_std" in row.details}
     if stds:
         lines.append(f"prediction's deviation: {min(stds):.4f} to {max(stds):.4f}")
