@@ -100,13 +100,14 @@ def json_schema() -> dict[str, Any]:
 def trajectory(config: Config) -> dict[str, Any]:
     """The settings that change the numbers of a run, by dotted key.
 
-    Where the results go, what is saved and drawn, how many steps are taken, what is measured on and
-    what reads ahead are left out: a run may be continued with other ones. So is what only decides
+    Where the results go, what is saved and drawn, how many steps are taken, what is measured on,
+    what reads ahead and what memory is taken are left out: a run may be continued with other ones.
+    So is what only decides
     whether an image can be used, or what it is laid on: which images were used is known, and how
     they look. Numbers that go with a setting are left out where that is off.
     """
     content = config.model_dump(mode="json", exclude={"output", "save", "sample"})
-    for name in ("steps", "workers"):
+    for name in ("steps", "workers", "memory"):
         del content["train"][name]
     for source, written in zip(config.data, content["data"], strict=True):
         for name in ("validation", "on_bad", "missing_caption", "max_megapixels", "background"):

@@ -13,13 +13,6 @@ from eri.printable import printable
 
 __all__ = ["schema_problems"]
 
-LATER = frozenset(
-    {
-        ("train", "memory"),
-    }
-)
-"""Settings that are documented for the program but not done by this version."""
-
 ALLOWED = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -85,11 +78,6 @@ def _problem(path: KeyPath, details: Sequence[Any], document: Document) -> Probl
 
 
 def _unknown_key(where: str, dotted: str, keys: tuple[str, ...]) -> Problem:
-    if keys in LATER:
-        what = f"{dotted} is not in this version yet"
-        return Problem(
-            where=where, what=what, hint="remove it; the program acts as if it were unset"
-        )
     *section, key = keys
     known = [path for path, _ in settings(Config)]
     siblings = [path[-1] for path in known if path[:-1] == tuple(section)]

@@ -146,9 +146,9 @@ class Train(Section):
         default=None,
         description="times that each image is shown (times its repeats), instead of steps",
     )
-    batch_size: int = Field(default=4, ge=1, le=4096, description="images in a forward pass")
+    batch_size: int = Field(default=4, ge=1, le=4096, description="images of one shape in a batch")
     accumulate: int = Field(
-        default=1, ge=1, le=4096, description="forward passes whose gradients make one step"
+        default=1, ge=1, le=4096, description="batches whose gradients make one step"
     )
     lr: float = Field(default=1e-4, gt=0, le=100, description="learning rate at its highest")
     weight_decay: float = Field(
@@ -171,6 +171,12 @@ class Train(Section):
         default="auto",
         description="type that the frozen model computes in; auto is fp32 on the CPU, bf16 where "
         "the card has it, else fp16 with loss scaling",
+    )
+    memory: Literal["auto", "fast", "small"] = Field(
+        default="auto",
+        description="how a batch is run: in the fastest way that fits into the GPU's free memory, "
+        "maybe in parts, maybe with activations computed again (auto); whole and nothing computed "
+        "again, whether it fits or not (fast); or in the least memory (small)",
     )
     backend: Literal["auto", "cuda", "reference"] = Field(
         default="auto", description="own CUDA kernels where there are some (auto), only, or never"

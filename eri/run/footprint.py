@@ -1,33 +1,27 @@
 """How much memory training takes, worked out from the net itself before any weight is loaded.
 
-The net is built without memory (PyTorch's `meta` device) and run once on a batch that has only a
-shape, with its adapter on. What autograd keeps for the backward pass is counted tensor by tensor.
-Attention is counted as its fused kernels keep it, whatever this machine would run: queries, keys,
-values, output and one number a row, never the scores (Dao et al., arXiv 2205.14135, section 3.1).
+The net is built without memory (PyTorch's `meta` device) and trained for one step on an image that
+has only a shape, with its adapter on and arranged as it will be. Every tensor of the forward and
+the backward pass is followed, see `eri.run.live_bytes`: what autograd keeps, what is computed again
+and what lives for a moment. All of that grows with the number of images and with their area.
 
-Not counted: what single kernels need for a moment, and what the allocator keeps in pieces. On an
-H100 (PyTorch 2.11, SD1.5 at 512² and SDXL at 768² and 1024², batches of 1 to 8, bf16 and fp32,
-rank 16) the result was 0.2 to 2.6 % below the most that was allocated, and 1.6 to 6.4 % below the
-most that was reserved. Previews come after a step has freed its activations; the VAE, in float32,
-takes 1.1 GiB for one of 512² and 3.4 GiB for one of 1024² then, which is less than those of a batch
-of one image of SDXL and 0.2 GiB more than those of SD1.5.
+Not counted: what single kernels need while they run, and what the allocator keeps in pieces; see
+`eri.run.memory_plan`.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from eri.adapters import attach
+from eri.layers.flat import Flat
+from eri.models.arrange import Recompute, arrange
 from eri.models.unet import UNet, UNetSpec
+from eri.run.live_bytes import LiveBytes, backward, fused_attention
 
-__all__ = ["Footprint", "card_memory", "footprint"]
-
-BYTES_OF_A_TRAINED_NUMBER = 16  # itself, its gradient and AdamW's two moments, each in float32
+__all__ = ["Footprint", "footprint"]
 
 
 @dataclass(frozen=True)
@@ -35,13 +29,18 @@ class Footprint:
     """Bytes that a step of training holds on its device."""
 
     weights: int  # of the frozen net
-    adapter: int  # matrices, gradients and optimizer
-    activations: int  # what the forward pass keeps for the backward pass
+    adapter: int  # matrices, gradients and optimizer, and the 16-bit shadows of the matrices
+    activations: int  # the most that forward and backward pass hold at once
+
+    @property
+    def resident(self) -> int:
+        """What is there all the time."""
+        return self.weights + self.adapter
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.adapter + self.activations
+        return self.resident + self.activations
 
 
 @lru_cache
@@ -54,6 +53,8 @@ def footprint(
     dtype: torch.dtype,
     latents: tuple[int, int, int],
     states: int,
+    lean: bool = False,
+    recompute: Recompute = "nothing",
 ) -> Footprint:
     """Work out the memory of a training step.
 
@@ -65,59 +66,43 @@ def footprint(
         dtype: of the frozen weights and the net's arithmetic.
         latents: images in a batch, and height and width of their latents.
         states: text states of a caption.
+        lean: how the net is arranged; see `eri.models.arrange`.
+        recompute: likewise.
     """
+    unet, flat = _on_meta(spec, rank, targets, dropout, dtype)
+    arrange(unet, lean=lean, recompute=recompute)
+    inputs = _inputs(spec, latents, states, dtype)
+    of_the_adapter = (flat.master, flat.grad, flat.exp_avg, flat.exp_avg_sq, flat.shadow)
+    held = LiveBytes([*unet.parameters(), *of_the_adapter, *inputs])
+    with held, fused_attention():
+        backward(unet(*inputs).float().square().mean())  # the loss is computed in float32
+    return Footprint(
+        weights=sum(p.nbytes for p in unet.parameters() if not p.requires_grad),
+        adapter=sum(buffer.nbytes for buffer in {id(x): x for x in of_the_adapter}.values()),
+        activations=held.peak,
+    )
+
+
+@lru_cache(maxsize=1)  # it is run once for every arrangement that is thought of
+def _on_meta(
+    spec: UNetSpec, rank: int, targets: str, dropout: float, dtype: torch.dtype
+) -> tuple[UNet, Flat]:
     with torch.device("meta"):
         unet = UNet(spec).to(dtype)
-        images, height, width = latents
-        x = torch.empty(images, spec.in_channels, height, width, dtype=dtype)
+    flat = attach(unet, rank=rank, dropout=dropout, targets=targets).flatten(dtype)
+    return unet.train(), flat
+
+
+def _inputs(
+    spec: UNetSpec, latents: tuple[int, int, int], states: int, dtype: torch.dtype
+) -> list[Tensor]:
+    images, height, width = latents
+    with torch.device("meta"):
         inputs = [
-            x,
+            torch.empty(images, spec.in_channels, height, width, dtype=dtype),
             torch.empty(images),
             torch.empty(images, states, spec.context_dim, dtype=dtype),
         ]
         if spec.pooled_dim is not None:
             inputs += [torch.empty(images, spec.pooled_dim, dtype=dtype), torch.empty(images, 6)]
-    frozen = sum(parameter.nbytes for parameter in unet.parameters())
-    adapter = attach(unet, rank=rank, dropout=dropout, targets=targets)
-    unet.train()
-    kept = _Kept(unet)
-    with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda x: x):
-        unet(*inputs).float().square().mean()  # the loss is computed in float32
-    return Footprint(
-        weights=frozen,
-        adapter=BYTES_OF_A_TRAINED_NUMBER * sum(p.numel() for p in adapter.parameters()),
-        activations=kept.bytes,
-    )
-
-
-def card_memory(device: torch.device) -> int | None:
-    """The bytes that a GPU has; None of a CPU."""
-    if device.type != "cuda":
-        return None
-    return torch.cuda.get_device_properties(device).total_memory
-
-
-class _Kept:
-    """Counts the memory of tensors that autograd keeps; those that share memory count once."""
-
-    def __init__(self, unet: UNet) -> None:
-        self._counted = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
-        self.bytes = 0
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._counted:
-            self._counted.add(storage._cdata)  # it stays the memory's own as long as that is kept
-            self.bytes += storage.nbytes()
-        return tensor.detach()
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Attention as the fused kernels compute it; `meta` tensors would take the one with scores."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
-        return func(*args, **(kwargs or {}))
+    return inputs

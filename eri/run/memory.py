@@ -28,6 +28,6 @@ def memory_errors() -> Iterator[None]:
 def _error() -> MemoryLimitError:
     return MemoryLimitError(
         "out of memory; what was saved before is untouched",
-        hint="try a smaller train.batch_size with a larger train.accumulate, or a smaller "
-        "resolution or sample.size",
+        hint="try train.memory: small, which runs a batch in the least memory, or a smaller "
+        "data.resolution or sample.size",
     )

@@ -1,22 +1,28 @@
 """What a run will do, worked out before anything slow happens, and told in a few lines."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from eri.config import Config
-from eri.data import Batches
+from eri.data import Batches, Shape
 from eri.errors import ConfigError
+from eri.models.arrange import Recompute
+from eri.run.backend import check_backend
 from eri.run.base import BaseFacts
 from eri.run.cache_space import CacheSpace, cache_space
 from eri.run.dataset import Images
 from eri.run.device import choose_device, choose_dtype
-from eri.run.footprint import card_memory, footprint
+from eri.run.fast_path import leaves_fast_path, runs_lean
+from eri.run.footprint import Footprint, footprint
+from eri.run.memory_plan import Batch, MemoryPlan, free_memory, plan_memory
 from eri.run.plan_text import (
     cache_lines,
     image_lines,
     memory_lines,
     model_lines,
+    slower_lines,
     time_line,
     training_lines,
 )
@@ -42,6 +48,7 @@ class RunPlan:
     prompts: tuple[Text, ...]  # of the previews
     size: int  # of the previews, side in pixels
     batches: Batches
+    memory: MemoryPlan
     space: CacheSpace  # that the cache needs; asked for only once something is encoded
     pace: str  # all that the speed depends on, in words; see `eri.run.rates`
     lines: tuple[str, ...]  # the same for people
@@ -62,26 +69,25 @@ def plan_run(
 
     Raises:
         ConfigError: settings that this machine or this model cannot follow.
+        MemoryLimitError: the GPU has no room for the model.
     """
     device = choose_device()
     dtype = choose_dtype(config.train.precision, device)
-    on_gpu = device.type == "cuda"
+    kernels = check_backend(config.train.backend, device)
     size = _preview_size(config, facts)
     train = config.train
     batches = _order(config, images)
     learned = images.train.learned
     steps = run_steps(train, batches, learned)
-    numbers = micro_batches(batches, train.accumulate, range(steps))
     samples = run_samples(train, batches, steps)
-    space = cache_space(
-        facts,
-        images,
-        samples=samples,
-        drawn=texts_drawn(images.train, batches, numbers, train.seed),
-        dtype=dtype,
-        device=device,
-    )
-    pace = _pace(config, facts, images.train.resolution, dtype, device)
+    numbers = micro_batches(batches, train.accumulate, range(steps))
+    drawn = texts_drawn(images.train, batches, numbers, train.seed)
+    space = cache_space(facts, images, samples=samples, drawn=drawn, dtype=dtype, device=device)
+    counts = _counts(batches)
+    memory = _memory(config, facts, images, counts, dtype=dtype, device=device, told=dry_run)
+    resolution = images.train.resolution
+    pace = _pace(config, facts, resolution, dtype=dtype, device=device, memory=memory)
+    slower = leaves_fast_path(config, device, dtype, memory.recompute)
     return RunPlan(
         loop=_loop(config, steps),
         choice=choice,
@@ -90,6 +96,7 @@ def plan_run(
         prompts=_prompts(config, images),
         size=size,
         batches=batches,
+        memory=memory,
         space=space,
         pace=pace,
         lines=(
@@ -98,7 +105,9 @@ def plan_run(
             *training_lines(train, batches, steps, learned),
             choice.line if choice.settled else f"{choice.line}; measured before step 1",
             f"device   {device.type}, {str(dtype).removeprefix('torch.')}",
-            *(_memory(config, facts, images, batches, dtype) if dry_run or on_gpu else ()),
+            kernels,
+            *(slower_lines(slower) if dry_run or device.type == "cuda" else ()),
+            *memory_lines(memory, *max(counts, key=lambda batch: batch[0] * batch[1].area)),
             *cache_lines(space),
             time_line(samples, known_rate(pace)),
             f"output   {config.output}",
@@ -130,12 +139,6 @@ def _loop(config: Config, steps: int) -> Plan:
 
 
 def _preview_size(config: Config, facts: BaseFacts) -> int:
-    if config.train.backend == "cuda":
-        raise ConfigError(
-            "this version has no CUDA kernels of its own yet",
-            where="train.backend",
-            hint="auto and reference use PyTorch's",
-        )
     size = facts.resolution if config.sample.size == "auto" else config.sample.size
     if size % facts.step:
         raise ConfigError(
@@ -155,35 +158,59 @@ def _prompts(config: Config, images: Images) -> tuple[Text, ...]:
     return tuple(dict.fromkeys(texts))[:DEFAULT_PROMPTS]
 
 
-def _memory(
-    config: Config, facts: BaseFacts, images: Images, batches: Batches, dtype: torch.dtype
-) -> list[str]:
-    """What the largest batch takes."""
-    sizes = [
+def _counts(batches: Batches) -> list[tuple[int, Shape]]:
+    """The images in the fullest batch of each shape."""
+    return [
         (min(len(bucket.repeats), batches.batch_size), shape)
         for shape, bucket in batches.buckets.items()
     ]
-    count, shape = max(sizes, key=lambda size: size[0] * size[1].area)
-    needed = footprint(
-        facts.spec,
-        rank=config.adapter.rank,
-        targets=config.adapter.targets,
-        dropout=config.adapter.dropout,
-        dtype=dtype,
-        latents=(count, *(side // facts.latent_factor for side in shape)),
-        states=facts.words.tokens * images.train.windows,
-    )
-    return memory_lines(
-        needed,
-        count,
-        shape,
-        card=card_memory(choose_device()),
-        of_a_step=batches.batch_size * config.train.accumulate,
+
+
+def _memory(
+    config: Config,
+    facts: BaseFacts,
+    images: Images,
+    counts: Sequence[tuple[int, Shape]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    told: bool,
+) -> MemoryPlan:
+    """How batches of these sizes are run."""
+    largest = max((shape for _, shape in counts), key=lambda shape: shape.area)
+    lean = runs_lean(config, device)
+
+    def measure(recompute: Recompute) -> Footprint:
+        return footprint(
+            facts.spec,
+            rank=config.adapter.rank,
+            targets=config.adapter.targets,
+            dropout=config.adapter.dropout,
+            dtype=dtype,
+            latents=(1, *(side // facts.latent_factor for side in largest)),
+            states=facts.words.tokens * images.train.windows,
+            lean=lean,
+            recompute=recompute,
+        )
+
+    return plan_memory(
+        config.train.memory,
+        Batch([(count, shape.area / largest.area) for count, shape in counts]),
+        measure,
+        free=free_memory(device),
+        lean=lean,
+        told=told,
     )
 
 
 def _pace(
-    config: Config, facts: BaseFacts, resolution: int, dtype: torch.dtype, device: torch.device
+    config: Config,
+    facts: BaseFacts,
+    resolution: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory: MemoryPlan,
 ) -> str:
     """All that the speed of a run depends on, in words; what its weights are does not matter."""
     parameters = sum(facts.parts.parameters.values())
@@ -191,5 +218,5 @@ def _pace(
     return (
         f"{facts.spec.family} of {parameters} parameters, {adapter.targets} at rank "
         f"{adapter.rank}, {dtype}, batches of {train.batch_size} x {train.accumulate} at "
-        f"{resolution}, {device_name(device)}"
+        f"{resolution}, {memory.pace}, {device_name(device)}"
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from fractions import Fraction
+from math import ceil
 
 from eri.config import Config, Train
 from eri.data import Batches, Shape
@@ -10,8 +11,8 @@ from eri.data.shapes import crop_loss
 from eri.run.base import BaseFacts
 from eri.run.cache_space import CacheSpace
 from eri.run.dataset import Images
-from eri.run.footprint import Footprint
 from eri.run.image_set import ImageSet
+from eri.run.memory_plan import LEAST, MemoryPlan, shown_size
 from eri.run.rates import Rate
 from eri.run.steps import FEWEST_STEPS, MOST_STEPS, VIEWS_OF_AN_IMAGE, auto_steps
 
@@ -20,6 +21,7 @@ __all__ = [
     "image_lines",
     "memory_lines",
     "model_lines",
+    "slower_lines",
     "time_line",
     "training_lines",
 ]
@@ -27,7 +29,6 @@ __all__ = [
 MOST_ROWS = 9  # of the table of shapes; the whole plan shall be read at a glance
 INDENT = " " * 9
 TABLE = "{:<10} {:>7} {:>9} {:>8}   {}"
-RESERVED = 1.07  # what PyTorch reserves, over what is worked out; see `eri.run.footprint`
 
 
 def model_lines(config: Config, facts: BaseFacts) -> list[str]:
@@ -113,36 +114,51 @@ def training_lines(train: Train, batches: Batches, steps: int, learned: Sequence
     return lines
 
 
-def memory_lines(
-    needed: Footprint, images: int, shape: Shape, *, card: int | None, of_a_step: int
-) -> list[str]:
-    """What a step holds, and a warning where the card has less.
+def memory_lines(plan: MemoryPlan, images: int, shape: Shape) -> list[str]:
+    """How the largest batch is run, what that takes, and a warning where it may not fit.
 
     Args:
-        needed: for the largest batch.
+        plan: with its memory worked out.
         images: in that batch.
         shape: of them.
-        card: bytes that the GPU has; None without one.
-        of_a_step: images in a step whose batches are full.
     """
-    what = f"{images} image{'' if images == 1 else 's'} of {shape.width}x{shape.height}"
-    lines = [
-        f"memory   about {_size(needed.total)}: {_size(needed.weights)} for the U-Net, "
-        f"{_size(needed.adapter)} for the adapter, {_size(needed.activations)} for {what}"
-    ]
-    if card is None:
-        return [f"{lines[0]}; beside the program itself"]
-    if RESERVED * needed.total <= card:
-        return lines
-    each = needed.activations / images
-    fitting = int((card / RESERVED - needed.weights - needed.adapter) / each)
-    if fitting < 1:
-        advice = "one image is too much at this resolution; set a smaller data.resolution"
+    if plan.needed is None:
+        return []
+    needed = plan.needed
+    way = f"{images} image{'' if images == 1 else 's'} of {shape.width}x{shape.height}"
+    way += _parts(images, plan.micro)
+    if plan.recompute != "nothing":
+        way += f", {plan.recompute} computed again"
+    if plan.free is None or plan.peak is None:
+        taken = f"{shown_size(needed.total)} beside the program itself"
     else:
-        # as many images in a step as now, so that nothing else about the run changes
-        size = max(size for size in range(1, fitting + 1) if of_a_step % size == 0)
-        advice = f"train.batch_size={size} with train.accumulate={of_a_step // size} would fit"
-    return [*lines, f"warning: this GPU has {_size(card)}; {advice}"]
+        taken = f"{shown_size(plan.peak)} of {shown_size(plan.free)} free"
+    part = "a part" if images > plan.micro else "these"
+    lines = [
+        f"memory   about {taken}: {way}",
+        f"{INDENT}{shown_size(needed.weights)} for the U-Net, {shown_size(needed.adapter)} for the "
+        f"adapter, {shown_size(needed.activations)} for {part}",
+    ]
+    if plan.fits:
+        return lines
+    advice = "a smaller data.resolution or adapter.rank takes less"
+    if (plan.micro, plan.recompute) != LEAST:
+        advice = "train.memory: auto finds a way that fits, if there is one"
+    return [*lines, f"warning: this is more than is free and may fail; {advice}"]
+
+
+def _parts(images: int, micro: int) -> str:
+    """How a batch is divided."""
+    if images <= micro:
+        return " at once" if images > 1 else ""
+    if images % micro == 0:
+        return f" as {images // micro} x {micro}"
+    return f" in {ceil(images / micro)} parts of at most {micro}"
+
+
+def slower_lines(reasons: Sequence[str]) -> list[str]:
+    """What keeps a run from the fastest way to train."""
+    return [f"slower   {reason}" for reason in reasons]
 
 
 def time_line(samples: int, rate: Rate | None) -> str:
@@ -163,19 +179,15 @@ def cache_lines(space: CacheSpace) -> list[str]:
     texts = f" and at most {space.texts} texts" if space.texts else ""
     told = (
         f"cache    {space.missing} of {space.latents} latents{texts} are missing: "
-        f"{_size(space.needed)} more"
+        f"{shown_size(space.needed)} more"
     )
     if space.needed > space.free:
-        return [told, f"warning: only {_size(space.free)} are free for the cache"]
-    return [f"{told} of {_size(space.free)} free"]
+        return [told, f"warning: only {shown_size(space.free)} are free for the cache"]
+    return [f"{told} of {shown_size(space.free)} free"]
 
 
 def _number(value: Fraction) -> str:
     return f"{float(value):.4g}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def _duration(seconds: float) -> str:

@@ -36,6 +36,7 @@ class Painter:
     steps: int
     guidance: float
     seed: int
+    tiled: bool = False  # whether the VAE decodes in tiles: less memory, and slightly other numbers
 
     def paint(
         self, prompt: Condition, negative: Condition, *, size: int, number: int
@@ -64,7 +65,7 @@ class Painter:
             steps=self.steps,
         )
         unet.train(was_training)
-        pixels = (self.vae.to(unet.device).decode(latent)[0].float() + 1) * 127.5
+        pixels = (self.vae.to(unet.device).decode(latent, self.tiled)[0].float() + 1) * 127.5
         self.vae.to("cpu")
         levels = pixels.round().clamp(0, 255).to(torch.uint8)
         return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())

@@ -95,26 +95,35 @@ class Samples(Sequence[Sample]):
 
 @dataclass(frozen=True)
 class Steps:
-    """The micro-batches of each step.
+    """What is run for each step: batches, or parts of them where the memory does not hold a batch.
+
+    How batches are divided changes neither what a step is made of nor its order.
 
     Args:
         samples: to train on.
         batches: their order.
-        accumulate: micro-batches in a step; the last step of a run of epochs may have fewer.
+        accumulate: batches in a step; the last step of a run of epochs may have fewer.
+        at_once: samples that are run at once, at most; None: whole batches.
     """
 
     samples: Samples
     batches: Batches
     accumulate: int
+    at_once: int | None = None
 
     def __call__(self, step: int) -> list[SampleBatch]:
-        """The micro-batches of a step, counted from 0."""
+        """The parts of a step, counted from 0, in their order."""
         found = []
         for number in micro_batches(self.batches, self.accumulate, range(step, step + 1)):
-            indices, numbers = self.batches.batch(number)
-            pairs = zip(indices, numbers, strict=True)
-            found.append(SampleBatch([self.samples.of_number(*pair) for pair in pairs], numbers))
+            pairs = list(zip(*self.batches.batch(number), strict=True))
+            size = self.at_once or len(pairs)
+            parts = (pairs[first : first + size] for first in range(0, len(pairs), size))
+            found += [self._part(part) for part in parts]
         return found
+
+    def _part(self, pairs: Sequence[tuple[int, int]]) -> SampleBatch:
+        samples = [self.samples.of_number(*pair) for pair in pairs]
+        return SampleBatch(samples, [number for _, number in pairs])
 
 
 def micro_batches(batches: Batches, accumulate: int, steps: range) -> range:

@@ -103,7 +103,7 @@ def test_the_trajectory_is_what_changes_the_numbers() -> None:
         data=[{"path": "photos", "validation": "held"}],
         save={"every": 1, "keep": 9, "metadata": "full"},
         sample={"every": 0, "prompts": ["x"], "seed": 3},
-        train={"steps": 99},
+        train={"steps": 99, "workers": 1, "memory": "small"},
     )
     assert trajectory(same) == before
 

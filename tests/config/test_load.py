@@ -87,7 +87,7 @@ BAD = [
     ("save: {on: 1}", "3:8", "unknown key save.on", ""),
     ("1: x", "3:1", "unknown key 1", ""),
     ('"\\e[2J": x', "3:1", "unknown key \\x1b[2J", ""),
-    ("train: {memory: auto}", "3:9", "train.memory is not in this version yet", "remove"),
+    ("train: {memory: 8}", "3:9", "train.memory is 8; allowed: 'auto', 'fast' or 'small'", ""),
     ("train: {epochs: 0}", "3:9", "train.epochs is 0; allowed: a number of at least 1", ""),
     ("train: {workers: -1}", "3:9", "train.workers is -1; allowed: 'auto' or a number", ""),
     ("adapter: {rank: 0}", "3:11", "adapter.rank is 0; allowed: a number of at least 1", ""),
@@ -256,7 +256,7 @@ class TestOverrides:
         [
             ("train.lr=x", "--set train.lr", "train.lr is 'x'; allowed: a number"),
             ("train.lrate=1", "--set train.lrate", "did you mean train.lr?"),
-            ("train.memory=small", "--set train.memory", "not in this version yet"),
+            ("train.memory=tiny", "--set train.memory", "'auto', 'fast' or 'small'"),
             ("data.path.x=y", "--set data.path.x", "below a value that is not a mapping"),
             ("data=[{path: x, pth: y}]", "--set data", "unknown key data.0.pth"),
             ("train=[", "--set train", "bracket"),

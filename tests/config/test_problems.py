@@ -1,9 +1,8 @@
 import pytest
 from pydantic import ValidationError
 
-from eri.config.problems import LATER, schema_problems
+from eri.config.problems import schema_problems
 from eri.config.schema import Config
-from eri.config.section import settings
 from eri.config.strict_yaml import KeyPath, Problem, parse
 
 
@@ -40,9 +39,3 @@ def test_a_long_value_is_cut() -> None:
     found = problems(f"model: demo\ndata: x\ntrain: {{lr: '{'x' * 500}\x85'}}\n")
     assert "…(+" in found["train", "lr"].what
     assert len(found["train", "lr"].what) < 150
-
-
-def test_what_comes_later_is_not_here_yet() -> None:
-    known = {path for path, _ in settings(Config)}
-    assert not known & LATER
-    assert {path[:-1] for path in LATER} <= known

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from eri.config import Config
 from eri.models.text import TextEncoder
@@ -12,6 +13,7 @@ from eri.run.base import BaseFacts, look_at
 from eri.run.dataset import look_at_images
 from eri.run.encoding import Encoder, tensor_cores
 from eri.run.image_set import ImageSet
+from eri.run.memory_plan import ENCODED_PIXEL, WORKSPACES, MemoryPlan
 from eri.run.samples import Samples, texts_of
 from tests.run.conftest import Screen
 
@@ -105,6 +107,57 @@ def test_a_mask_that_the_cut_removes_is_pointed_out(
     masks = [sample.mask for sample in samples]
     assert masks[0] is not None and masks[2] is not None and masks[1] is None
     assert not masks[0].any() and 0.5 < masks[2].mean() < 0.65
+
+
+class Ways:
+    """A VAE that notes how it encodes, and runs out of memory where it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, most: float = float("inf")) -> None:
+        self.whole: list[int] = []  # pixels
+        self.tiled: list[int] = []
+        encode = VAE.encode
+
+        def noted(vae: VAE, images: Tensor, tiled: bool = False) -> tuple[Tensor, Tensor]:
+            pixels = images[0, 0].numel()
+            (self.tiled if tiled else self.whole).append(pixels)
+            if pixels > most and not tiled:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return encode(vae, images)
+
+        monkeypatch.setattr(VAE, "encode", noted)
+        monkeypatch.setattr("eri.models.vae.TILE", 64)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+def test_an_image_that_did_not_fit_is_not_tried_whole_again(
+    config: Config, screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (64, 128)).save(config.data[0].path / "0.png")  # another one of 1.png's shape
+    facts, images = look(config, screen)
+    ways = Ways(monkeypatch, most=64 * 64)
+    encoder_for(facts, screen).latents(images, facts.load_vae())
+    assert sorted(ways.tiled) == [64 * 128] * 2
+    assert sorted(ways.whole) == [64 * 64] * 3 + [64 * 128]
+
+
+def test_images_that_would_not_fit_are_encoded_in_tiles_at_once(
+    config: Config, screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts, images = look(config, screen)
+    ways = Ways(monkeypatch)
+    encoder = encoder_for(facts, screen)
+    vae = facts.load_vae()
+    weights = sum(p.nbytes for p in vae.model.parameters())
+    encoder.memory = MemoryPlan(
+        mode="auto",
+        micro=1,
+        lean=True,
+        recompute="nothing",
+        free=weights + WORKSPACES + ENCODED_PIXEL * 64 * 100,
+    )
+    latents = encoder.latents(images, vae)
+    assert ways.tiled == [64 * 128] and ways.whole == [64 * 64] * 4
+    assert len(latents) == 5
 
 
 def test_states_are_kept_in_the_type_that_they_are_used_in(config: Config, screen: Screen) -> None:

@@ -16,7 +16,7 @@ from eri.run.memory import memory_errors
 def test_every_kind_is_told_as_one(error: Exception) -> None:
     with pytest.raises(MemoryLimitError, match="out of memory") as told, memory_errors():
         raise error
-    assert told.value.hint is not None and "batch_size" in told.value.hint
+    assert told.value.hint is not None and "train.memory: small" in told.value.hint
 
 
 def test_the_real_thing() -> None:

@@ -3,11 +3,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from eri.config import CaptionRules, Config, DataSource
-from eri.errors import ConfigError
+from eri.errors import ConfigError, MemoryLimitError
 from eri.run.base import look_at
 from eri.run.dataset import look_at_images
+from eri.run.memory_plan import reserved
 from eri.run.plan import RunPlan, plan_run
 from eri.run.prediction import choose
 from eri.run.rates import remember_rate
@@ -39,6 +41,8 @@ def test_the_plan_is_short_and_says_what_a_run_will_take(
         "training",
         "prediction",
         "device",
+        "kernels",
+        "slower",
         "memory",
         "cache",
         "time",
@@ -49,7 +53,7 @@ def test_the_plan_is_short_and_says_what_a_run_will_take(
     # 4 images of one shape and 1 of another are 3 batches of at most 2
     assert any("of up to 4 images, 333.3 epochs of 5 samples" in line for line in lines)
     assert any("auto: 5 images x 100 views / 3.333 of them a step = 150," in x for x in lines)
-    assert any("for 2 images of 64x64" in line for line in lines)
+    assert any("2 images of 64x64 at once" in line for line in lines)
 
 
 def test_epochs_and_repeats_reach_the_order_of_the_batches(
@@ -103,12 +107,70 @@ def test_a_run_leaves_its_pace_for_the_next_plan(
     assert "cache    all 5 latents and their texts are there" in plan(longer).lines
 
 
-def test_a_card_that_is_too_small_is_warned_of(
-    config: Config, plan: Callable[[Config], RunPlan], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def only(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Say how many bytes are free, as if there were a GPU."""
+    return lambda size: monkeypatch.setattr("eri.run.plan.free_memory", lambda device: size)
+
+
+def test_a_batch_that_does_not_fit_is_run_in_parts(
+    config: Config,
+    change: Callable[..., Config],
+    plan: Callable[[Config], RunPlan],
+    only: Callable[[int], None],
 ) -> None:
-    monkeypatch.setattr("eri.run.plan.card_memory", lambda device: 10_000_000)
-    lines = plan(config).lines
-    assert any(line.startswith("warning: this GPU has 10 MiB; ") for line in lines)
+    config = change(config, train={"batch_size": 4})
+    whole = plan(config)
+    assert (whole.memory.micro, whole.memory.recompute) == (4, "nothing")
+    assert whole.memory.needed is not None
+    only(2 * reserved(whole.memory.needed.total))
+    assert plan(config).memory.micro == 4
+    only(reserved(whole.memory.needed.resident + whole.memory.needed.activations * 3 // 4))
+    parts = plan(config)
+    assert (parts.memory.micro, parts.memory.recompute) == (2, "nothing")
+    assert any("4 images of 64x64 as 2 x 2" in line for line in parts.lines)
+    assert parts.pace != whole.pace
+    only(reserved(whole.memory.needed.resident))
+    assert any(line.startswith("warning: this is more than is free") for line in plan(config).lines)
+    only(whole.memory.needed.resident - 1)
+    with pytest.raises(MemoryLimitError, match="alone take"):
+        plan(config)
+
+
+def test_the_setting_reaches_the_plan(
+    config: Config, change: Callable[..., Config], plan: Callable[[Config], RunPlan]
+) -> None:
+    small = plan(change(config, train={"memory": "small"})).memory
+    assert (small.mode, small.micro, small.recompute) == ("small", 1, "blocks")
+    fast = plan(change(config, train={"memory": "fast"})).memory
+    assert (fast.mode, fast.micro, fast.recompute) == ("fast", 2, "nothing")
+
+
+def test_a_run_on_the_cpu_does_not_wait_for_its_memory_to_be_worked_out(
+    config: Config, screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*anything: object, **more: object) -> None:
+        raise AssertionError("the memory was worked out")
+
+    monkeypatch.setattr("eri.run.plan.footprint", refuse)
+    facts = look_at(config.model.path)
+    images = look_at_images(config, facts, screen.console, lambda: None)
+    planned = plan_run(config, facts, choose(config.model, facts.hint), images)
+    assert planned.memory.needed is None
+    assert not [line for line in planned.lines if line.split()[0] in {"memory", "slower"}]
+
+
+def test_the_largest_images_count_where_there_are_fewer_of_them(
+    config: Config, plan: Callable[[Config], RunPlan], tmp_path: Path
+) -> None:
+    one = plan(config).memory.needed
+    Image.new("RGB", (600, 600)).save(config.data[0].path / "9.png")
+    (config.data[0].path / "9.txt").write_text("a large one")
+    source = config.data[0].model_copy(update={"resolution": 256})
+    planned = plan(config.model_copy(update={"data": (source,)}))
+    assert one is not None and planned.memory.needed is not None
+    assert any("1 image of 256x256;" in f"{line};" for line in planned.lines)
+    assert planned.memory.needed.activations > 3 * one.activations
 
 
 def test_what_is_odd_about_the_model_is_told(config: Config, screen: Screen) -> None:

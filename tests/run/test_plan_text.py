@@ -1,3 +1,4 @@
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -9,10 +10,12 @@ from eri.run.cache_space import CacheSpace
 from eri.run.dataset import Images
 from eri.run.footprint import Footprint
 from eri.run.image_set import ImageSet
+from eri.run.memory_plan import MemoryPlan
 from eri.run.plan_text import (
     cache_lines,
     image_lines,
     memory_lines,
+    slower_lines,
     time_line,
     training_lines,
 )
@@ -121,33 +124,72 @@ def test_a_number_of_steps_needs_no_explanation() -> None:
     ]
 
 
-NEEDED = Footprint(weights=5 * GIB, adapter=GIB // 2, activations=24 * GIB)
+LARGE = Shape(1024, 1024)
+PLAN = MemoryPlan(
+    mode="auto",
+    micro=2,
+    lean=True,
+    recompute="feed-forward",
+    needed=Footprint(weights=5 * GIB, adapter=GIB // 2, activations=3 * GIB),
+    free=12 * GIB,
+)
 
 
-def test_memory_is_told_by_what_takes_it() -> None:
-    large = Shape(1024, 1024)
-    assert memory_lines(NEEDED, 4, large, card=80 * GIB, of_a_step=4) == [
-        "memory   about 29.5 GiB: 5.0 GiB for the U-Net, 512 MiB for the adapter, "
-        "24.0 GiB for 4 images of 1024x1024"
+def test_memory_is_told_by_how_a_batch_is_run_and_what_takes_it() -> None:
+    assert PLAN.peak is not None
+    peak = f"{PLAN.peak / GIB:.1f}"
+    assert memory_lines(PLAN, 4, LARGE) == [
+        f"memory   about {peak} GiB of 12.0 GiB free: 4 images of 1024x1024 as 2 x 2, "
+        "feed-forward computed again",
+        "         5.0 GiB for the U-Net, 512 MiB for the adapter, 3.0 GiB for a part",
     ]
-    (line,) = memory_lines(NEEDED, 1, large, card=None, of_a_step=1)
-    assert line.endswith("24.0 GiB for 1 image of 1024x1024; beside the program itself")
 
 
 @pytest.mark.parametrize(
-    ("card", "accumulate", "advice"),
+    ("images", "micro", "recompute", "told"),
     [
-        (30, 1, "train.batch_size=2 with train.accumulate=2 would fit"),  # 3 would, of 4 a step
-        (30, 3, "train.batch_size=3 with train.accumulate=4 would fit"),  # 7 % are reserved more
-        (24, 1, "train.batch_size=2 with train.accumulate=2 would fit"),
-        (24, 3, "train.batch_size=2 with train.accumulate=6 would fit"),
-        (13, 1, "train.batch_size=1 with train.accumulate=4 would fit"),
-        (12, 1, "one image is too much at this resolution; set a smaller data.resolution"),
+        (1, 1, "nothing", "1 image of 1024x1024"),
+        (4, 4, "nothing", "4 images of 1024x1024 at once"),
+        (4, 1, "blocks", "4 images of 1024x1024 as 4 x 1, blocks computed again"),
+        (7, 4, "projections", "7 images of 1024x1024 in 2 parts of at most 4, projections"),
+        (5, 2, "nothing", "5 images of 1024x1024 in 3 parts of at most 2"),
     ],
 )
-def test_a_card_that_is_too_small_gets_advice(card: int, accumulate: int, advice: str) -> None:
-    lines = memory_lines(NEEDED, 4, SQUARE, card=card * GIB, of_a_step=4 * accumulate)
-    assert lines[1] == f"warning: this GPU has {card}.0 GiB; {advice}"
+def test_every_way_has_its_words(images: int, micro: int, recompute: str, told: str) -> None:
+    plan = replace(PLAN, micro=micro, recompute=recompute)
+    line, _ = memory_lines(plan, images, LARGE)
+    assert line.endswith(told) if recompute != "projections" else told in line
+
+
+def test_without_a_gpu_only_what_is_needed_is_told() -> None:
+    plan = replace(PLAN, micro=4, recompute="nothing", free=None)
+    assert memory_lines(plan, 4, LARGE) == [
+        "memory   about 8.5 GiB beside the program itself: 4 images of 1024x1024 at once",
+        "         5.0 GiB for the U-Net, 512 MiB for the adapter, 3.0 GiB for these",
+    ]
+    assert memory_lines(replace(plan, needed=None), 4, LARGE) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "micro", "recompute", "advice"),
+    [
+        ("fast", 4, "nothing", "train.memory: auto finds a way that fits, if there is one"),
+        ("auto", 1, "blocks", "a smaller data.resolution or adapter.rank takes less"),
+        ("small", 1, "blocks", "a smaller data.resolution or adapter.rank takes less"),
+    ],
+)
+def test_a_way_that_may_not_fit_is_warned_of(
+    mode: str, micro: int, recompute: str, advice: str
+) -> None:
+    plan = replace(PLAN, mode=mode, micro=micro, recompute=recompute, free=8 * GIB)
+    assert memory_lines(plan, 4, LARGE)[2:] == [
+        f"warning: this is more than is free and may fail; {advice}"
+    ]
+
+
+def test_what_makes_a_run_slower_is_told() -> None:
+    assert slower_lines([]) == []
+    assert slower_lines(["a", "b"]) == ["slower   a", "slower   b"]
 
 
 @pytest.mark.parametrize(

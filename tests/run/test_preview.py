@@ -59,6 +59,20 @@ def test_guidance_of_one_leaves_the_negative_prompt_out(painter: Painter) -> Non
         torch.testing.assert_close(painter._guided(x, t, both), guided, rtol=1e-4, atol=1e-5)
 
 
+def test_a_large_picture_is_decoded_in_tiles_if_it_is_asked_for(
+    painter: Painter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eri.models.vae.TILE", 32)
+    whole, tiled = paint(painter), paint(replace(painter, tiled=True))
+    assert whole != tiled
+    pixels = [
+        torch.frombuffer(bytearray(x), dtype=torch.uint8).float() for x in (whole[0], tiled[0])
+    ]
+    assert (pixels[0] - pixels[1]).abs().mean() < 0.2 * pixels[0].std() + 8
+    monkeypatch.setattr("eri.models.vae.TILE", 64)
+    assert paint(replace(painter, tiled=True)) == whole  # it is one tile
+
+
 def test_dropout_is_off_while_painting_and_on_afterwards(painter: Painter) -> None:
     adapter = attach(painter.unet, rank=2, dropout=0.5)
     for parameter in adapter.parameters():

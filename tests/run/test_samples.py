@@ -143,6 +143,26 @@ def test_a_step_has_its_micro_batches_and_the_last_one_what_is_left(tmp_path: Pa
     assert len(files) == 5
 
 
+@pytest.mark.parametrize(
+    ("at_once", "sizes"),
+    [(None, [4, 4]), (4, [4, 4]), (3, [3, 1, 3, 1]), (2, [2] * 4), (1, [1] * 8), (9, [4, 4])],
+)
+def test_a_batch_is_run_in_parts_of_the_same_samples_in_the_same_order(
+    tmp_path: Path, at_once: int | None, sizes: list[int]
+) -> None:
+    found = images(tmp_path, count=7, flip=True)
+    batches = Batches(found.shapes, batch_size=4, seed=SEED, epochs=3)
+    samples = encoded(found, batches, range(6))
+    whole, parts = Steps(samples, batches, 2), Steps(samples, batches, 2, at_once)
+    assert [len(part) for part in parts(0)] == sizes
+    for step in range(3):
+        one = [pair for b in whole(step) for pair in zip(b.numbers, b.samples, strict=True)]
+        other = [pair for b in parts(step) for pair in zip(b.numbers, b.samples, strict=True)]
+        assert [number for number, _ in one] == [number for number, _ in other]
+        assert all(torch.equal(a.mean, b.mean) for (_, a), (_, b) in zip(one, other, strict=True))
+        assert [a.file for _, a in one] == [file for part in parts(step) for file in part.files]
+
+
 def test_what_reads_ahead_is_small_enough_to_send(tmp_path: Path) -> None:
     found = images(tmp_path)
     steps = Steps(encoded(found), Batches(found.shapes, batch_size=2, seed=SEED), 1)
