@@ -265,6 +265,11 @@ def test_an_input_that_needs_no_gradient(name: str) -> None:
     assert x.grad is None
 
 
+@pytest.mark.parametrize("layers", [(merged,), (plain,), (plain, merged)])
+def test_where_nothing_trains_there_is_no_backward_pass(layers) -> None:
+    assert not project(tokens(), *frozen([build() for build in layers])).requires_grad
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_without_gradients_nothing_is_kept(name: str) -> None:
     run, layers = runs()[name]
