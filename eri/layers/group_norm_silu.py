@@ -12,9 +12,9 @@ with $\hat x = (x - \mu)\,\rho$ and means over the group. γ and β are frozen: 
 
 Fused are, forward, the statistics (one kernel) and everything after them (another): x is read
 twice, the second time from the L2 cache as far as it fits, and a written once; backward da and x
-are read twice and dx written. Statistics are sums of squares of deviations, never differences of
-large numbers, so a mean of 100 standard deviations costs no digits; all sums have one order, so
-equal inputs give equal bits.
+are read twice and dx written. Variances are sums of squares of deviations, never differences of
+large numbers, so a mean of 100 standard deviations costs 16-bit results nothing; all sums have one
+order, so equal inputs give equal bits.
 
 Source: Wu, He, "Group Normalization", arXiv 1803.08494; Elfwing et al., arXiv 1702.03118.
 

@@ -14,6 +14,7 @@ from eri.layers.geglu import (
     geglu_reference,
     unsupported,
 )
+from tests.kernel_checks import copy_bandwidth, error, microseconds, ulp
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -96,15 +97,6 @@ def loaded() -> None:
     """Builds and loads the kernels and refuses anything else."""
     set_backend("cuda")
     geglu(torch.ones(1, 16, device="cuda"))
-
-
-def error(found: Tensor, truth: Tensor) -> float:
-    return torch.linalg.vector_norm(found.double() - truth).item()
-
-
-def ulp(truth: Tensor, dtype: torch.dtype) -> float:
-    """One unit in the last place of the norm."""
-    return torch.linalg.vector_norm(truth).item() * torch.finfo(dtype).eps
 
 
 @gpu
@@ -224,29 +216,3 @@ def test_bandwidth() -> None:
             )
             if rows * width >= 2**24:
                 assert reached > 0.7 * copied
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second of a copy in device memory, read and written."""
-    big = torch.empty(2, 2**30, dtype=torch.uint8, device="cuda")
-    return 2 * 2**30 / microseconds(lambda _: big[0].copy_(big[1])) * 1e6
-
-
-def microseconds(work: Callable[[int], object], sets: int = 4, windows: int = 7) -> float:
-    """The time of a piece of work in a CUDA graph, on several sets of inputs in turn."""
-    for i in range(sets):
-        work(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(4 * sets):
-            work(i % sets)
-    times = []
-    for _ in range(windows + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / (4 * sets))
-    return sorted(times[1:])[windows // 2]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from eri.errors import ConfigError
 from eri.layers.backend import set_backend
 from eri.layers.group_norm_silu import group_norm_silu, unsupported
-from tests.layers.test_geglu import copy_bandwidth, error, microseconds, ulp
+from tests.kernel_checks import copy_bandwidth, error, microseconds, ulp
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 FORMATS = [torch.channels_last, torch.contiguous_format]

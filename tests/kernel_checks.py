@@ -1,0 +1,41 @@
+"""How exact a kernel is, and how fast: what the tests of all kernels measure alike."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return torch.linalg.vector_norm(found.double() - truth).item()
+
+
+def ulp(truth: Tensor, dtype: torch.dtype) -> float:
+    """One unit in the last place of the norm."""
+    return torch.linalg.vector_norm(truth).item() * torch.finfo(dtype).eps
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a copy in device memory, read and written."""
+    big = torch.empty(2, 2**30, dtype=torch.uint8, device="cuda")
+    return 2 * 2**30 / microseconds(lambda _: big[0].copy_(big[1])) * 1e6
+
+
+def microseconds(work: Callable[[int], object], sets: int = 4, windows: int = 7) -> float:
+    """The time of a piece of work in a CUDA graph, on several sets of inputs in turn."""
+    for i in range(sets):
+        work(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(4 * sets):
+            work(i % sets)
+    times = []
+    for _ in range(windows + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / (4 * sets))
+    return sorted(times[1:])[windows // 2]
