@@ -12,7 +12,7 @@ Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eri.layers import LoRAConv2d, LoRALinear
 from eri.layers.lora import base_of
@@ -52,8 +52,17 @@ def arrange(unet: UNet, *, lean: bool, recompute: Recompute = "nothing") -> None
             _lay_side_by_side(module.attn1.to_q, module.attn1.to_k, module.attn1.to_v)
             _lay_side_by_side(module.attn2.to_k, module.attn2.to_v)
         elif isinstance(module, nn.Conv2d) and not module.weight.requires_grad:
-            weight = module.weight
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            module.weight.data = _pixel_by_pixel(module.weight.data)
+
+
+def _pixel_by_pixel(weight: Tensor) -> Tensor:
+    """A filter `[N, K, h, w]` as `channels_last`, said by its strides even where it is 1×1.
+
+    Either order fits the memory of a 1×1 filter, and the strides alone tell which one is meant.
+    """
+    rows, channels, height, width = weight.shape
+    strides = (height * width * channels, 1, width * channels, channels)
+    return weight.contiguous(memory_format=torch.channels_last).as_strided(weight.shape, strides)
 
 
 def _check_lean(unet: UNet) -> None:

@@ -282,7 +282,8 @@ def _tokens(x: Tensor) -> Tensor:
 
 def _map(x: Tensor, height: int, width: int) -> Tensor:
     """`[B, H·W, C]` to `[B, C, H, W]`."""
-    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width)
+    # not by reshape, which gives a batch of one strides that say nothing of how its pixels lie
+    return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 class MLP(nn.Module):

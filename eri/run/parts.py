@@ -22,9 +22,9 @@ from eri.run.objective import Objective
 from eri.run.plan import RunPlan
 from eri.run.preview import Painter, Previews
 from eri.run.samples import Samples, micro_batches, texts_drawn, texts_of
-from eri.train import Graphs, Step, TrainState, Workspace
+from eri.train import MOST, Graphs, Step, TrainState, Workspace
 
-__all__ = ["Encoded", "Parts", "build", "encode", "is_lean"]
+__all__ = ["Encoded", "Parts", "build", "encode"]
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,14 @@ def build(
     )
     unet.train()
     on_gpu = plan.device.type == "cuda"
+    memory = plan.memory
     if on_gpu:
-        arrange(unet, lean=is_lean(config), recompute="nothing")
+        arrange(unet, lean=memory.lean, recompute=memory.recompute)
     state = TrainState(adapter.flatten(plan.dtype), scaling=plan.dtype == torch.float16)
     objective = Objective(unet, schedule, seed=config.train.seed, drops=config.adapter.dropout > 0)
     workspace = Workspace(plan.device) if on_gpu else None
+    # numbers drawn while a graph is recorded cannot be drawn again within it
+    draws_again = not memory.lean and memory.recompute != "nothing"
     return Parts(
         unet=unet,
         adapter=adapter,
@@ -122,13 +125,13 @@ def build(
             objective,
             weight_decay=config.train.weight_decay,
             max_grad_norm=config.train.max_grad_norm,
-            graphs=None if workspace is None else Graphs(workspace),
+            graphs=None if workspace is None else Graphs(workspace, 0 if draws_again else MOST),
         ),
         workspace=workspace or nullcontext,
         samples=encoded.samples,
         validation=encoded.validation,
         previews=Previews(
-            painter=_painter(config, unet, encoded.vae, schedule),
+            painter=_painter(config, plan, unet, encoded.vae, schedule),
             prompts=[prompt for prompt, _ in plan.prompts],
             negative_prompt=config.sample.negative,
             conditions=encoded.prompts,
@@ -139,13 +142,11 @@ def build(
     )
 
 
-def is_lean(config: Config) -> bool:
-    """Whether the blocks of a U-Net on a GPU keep little; see `eri.models.arrange`."""
-    return config.adapter.dropout == 0 and config.train.backend != "reference"
-
-
-def _painter(config: Config, unet: UNet, vae: VAE, schedule: NoiseSchedule) -> Painter:
+def _painter(
+    config: Config, plan: RunPlan, unet: UNet, vae: VAE, schedule: NoiseSchedule
+) -> Painter:
     wanted = config.sample
+    weights = sum(parameter.nbytes for parameter in vae.model.parameters())
     return Painter(
         unet=unet,
         vae=vae,
@@ -154,6 +155,7 @@ def _painter(config: Config, unet: UNet, vae: VAE, schedule: NoiseSchedule) -> P
         steps=wanted.steps,
         guidance=wanted.guidance,
         seed=wanted.seed,
+        tiled=not plan.memory.decodes_whole(plan.size, weights),
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Graphs", "Workspace"]
+__all__ = ["MOST", "Graphs", "Workspace"]
 
 MOST = 32  # graphs that are kept; each takes some ten MiB beside the memory that they share
 
