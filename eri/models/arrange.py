@@ -60,7 +60,7 @@ def _pixel_by_pixel(weight: Tensor) -> Tensor:
 
     Either order fits the memory of a 1×1 filter, and the strides alone tell which one is meant.
     """
-    rows, channels, height, width = weight.shape
+    _, channels, height, width = weight.shape
     strides = (height * width * channels, 1, width * channels, channels)
     return weight.contiguous(memory_format=torch.channels_last).as_strided(weight.shape, strides)
 
