@@ -155,8 +155,9 @@ def test_the_vae_encodes_in_tiles_where_memory_is_short() -> None:
 
 @pytest.mark.parametrize("free", [8, 12, 16, 24, 80])
 @pytest.mark.parametrize("side", [512, 768, 1024, 2048])
-def test_a_preview_never_takes_more_than_a_step(free: float, side: int) -> None:
-    plan = planned(free)
+@pytest.mark.parametrize("images", [1, 4])
+def test_a_preview_never_takes_more_than_a_step(free: float, side: int, images: int) -> None:
+    plan = planned(free, images=images)
     assert plan.needed is not None and plan.peak is not None
     pixels = side**2 if plan.decodes_whole(side, VAE) else 512**2
     taken = plan.needed.resident + VAE + module.DECODED_PIXEL * pixels
