@@ -16,6 +16,7 @@ from eri.formats.metadata import Folder, adapter_metadata, data_metadata
 from eri.models.unet import UNet
 from eri.run import checkpoints
 from eri.run.adapter_files import CONFIG, finished_adapter, is_finished, shapes_of, write_verified
+from eri.run.backend import start_backend
 from eri.run.base import BaseFacts, look_at
 from eri.run.clock import Clock
 from eri.run.dataset import Images, look_at_images
@@ -136,12 +137,15 @@ class _Run:
         checkpoints.set_aside(self.folder, checkpoint)
         self.plan.space.require()
         self._write_config()
+        with self.clock("kernels"):
+            start_backend(self.config.train.backend, self.plan.device, self.say)
         encoder = Encoder(
             self.facts,
             dtype=self.plan.dtype,
             device=self.plan.device,
             console=self.console,
             check_stop=stop.raise_if_stopped,
+            memory=self.plan.memory,
         )
         with self.clock("caching"):
             encoded = encode(self.config, self.plan, self.images, encoder)
@@ -152,7 +156,7 @@ class _Run:
         """What reads the steps; it begins before the U-Net loads, and is ready when that is."""
         train = self.config.train
         return Loader(
-            Steps(encoded.samples, self.plan.batches, train.accumulate),
+            Steps(encoded.samples, self.plan.batches, train.accumulate, self.plan.memory.micro),
             steps=range(step, self.plan.loop.steps),
             workers=worker_count(train.workers, self.plan.device),
             device=self.plan.device,

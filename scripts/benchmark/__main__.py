@@ -4,6 +4,7 @@
   scripts/bench gradients   of eri and of diffusers with PEFT, against a float32 reference
   scripts/bench curves      losses of eri and of diffusers with PEFT from the same draws
   scripts/bench kernels     eri's own kernels against the bandwidth of the card
+  scripts/bench job         a whole run: where its time goes, and how much memory it takes
 
 `scripts/bench COMMAND --help` tells the options; `--tiny` runs anywhere, to see that it runs.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-COMMANDS = ("step", "gradients", "curves", "kernels")
+COMMANDS = ("step", "gradients", "curves", "kernels", "job")
 
 
 def main() -> int:
