@@ -10,7 +10,7 @@ from torch import Tensor
 from eri.run.micro_batch import SampleBatch
 from scripts.benchmark.problem import Problem
 
-DIFFUSERS = ("eager", "checkpointed", "graph", "compiled")
+DIFFUSERS = ("eager", "checkpointed", "graph", "compiled", "compiled-in-parts")
 KOHYA = ("kohya", "kohya-checkpointed", "kohya-bf16")
 ONETRAINER = ("onetrainer", "onetrainer-checkpointed", "onetrainer-compiled")
 NAMES = ("eri", *DIFFUSERS, *KOHYA, *ONETRAINER)
@@ -102,4 +102,5 @@ def _diffusers(name: str, problem: Problem) -> Case:
 
     if name in ("eager", "checkpointed"):
         return peers.eager(problem, checkpointed=name == "checkpointed")
-    return peers.graph(problem, compiled=name == "compiled")
+    compiled = name.startswith("compiled")
+    return peers.graph(problem, compiled=compiled, whole=name == "compiled")

@@ -12,7 +12,8 @@ import argparse
 import gc
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 
@@ -49,7 +50,6 @@ class Errors:
 
 def run(options: argparse.Namespace) -> int:
     """Compare, print, and say by 1 that eri's error is larger than it may be."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     family = family_of(options.family, tiny=options.tiny)
     side = options.resolution // 8 if options.resolution else family.side
     device = torch.device(options.device)
@@ -104,9 +104,24 @@ def errors(found: Sequence[Gradients], expected: Sequence[Gradients]) -> Errors:
 
 def _reference(problem: Problem, batches: Sequence[SampleBatch]) -> list[Gradients]:
     """In float32; checkpointing computes the same in less memory."""
-    exact = replace(problem, dtype=torch.float32)
-    with sdpa_kernel(SDPBackend.MATH):
-        return _gradients(lambda: build("checkpointed", exact), batches, torch.float32)
+    in_float32 = replace(problem, dtype=torch.float32)
+    with _exactly():
+        return _gradients(lambda: build("checkpointed", in_float32), batches, torch.float32)
+
+
+@contextmanager
+def _exactly() -> Iterator[None]:
+    """Without TF32, and with attention as matrix products."""
+    libraries = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [library.allow_tf32 for library in libraries]
+    for library in libraries:
+        library.allow_tf32 = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for library, allowed in zip(libraries, before, strict=True):
+            library.allow_tf32 = allowed
 
 
 def _gradients(

@@ -3,12 +3,14 @@
 `eager` is the script: a frozen 16-bit base, float32 LoRA, autocast, AdamW of PyTorch as it comes.
 `checkpointed` is the same with its gradient checkpointing. `graph` is all that PyTorch offers
 without compiling: everything in 16 bit and no autocast, `channels_last`, fused AdamW, and the whole
-step as one CUDA graph. `compiled` compiles the resnets and transformer blocks beside that.
+step as one CUDA graph. `compiled` compiles the resnets and transformer blocks beside that, each as
+a whole; `compiled-in-parts` lets the compiler break them where it does not understand them.
 
 Left out of all is what a script does around a step: reading its loss back each time, which would
 wait for the GPU, its logging and its data loader.
 """
 
+import gc
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.utils import logging
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
@@ -167,6 +170,8 @@ class GraphedPeer(Peer):
 
     def _capture(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)  # the graph's own memory holds them
+        gc.collect()
+        torch.cuda.empty_cache()  # what the eager steps took is not the graph's
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.update(self._fresh(self.static))
@@ -174,6 +179,7 @@ class GraphedPeer(Peer):
 
 def diffusers_unet(problem: Problem) -> Any:
     """The U-Net, frozen."""
+    logging.set_verbosity_error()  # it warns of every change of type
     family = problem.family
     if family.folder is not None:
         unet: Any = UNet2DConditionModel.from_pretrained(family.folder / "unet")
@@ -238,13 +244,13 @@ def eager(
     return Peer(problem, predict_with(unet), parameters, autocast=True, lr=lr)
 
 
-def graph(problem: Problem, *, compiled: bool = False) -> Peer:
-    """As fast as PyTorch goes, with or without its compiler."""
+def graph(problem: Problem, *, compiled: bool = False, whole: bool = True) -> Peer:
+    """As fast as PyTorch goes, with or without its compiler; `whole`: no block may break apart."""
     unet = diffusers_unet(problem).to(memory_format=torch.channels_last)
     parameters = add_peft(unet, problem.dtype)
     unet.train()
     if compiled:
-        compile_blocks(unet)
+        compile_blocks(unet, whole=whole)
     # a loss scaler reads its verdict back, which a graph cannot
     peer = GraphedPeer(problem, predict_with(unet), parameters, autocast=False, fused=True)
     peer.scaler = GradScaler(problem.device.type, enabled=False)
@@ -252,7 +258,7 @@ def graph(problem: Problem, *, compiled: bool = False) -> Peer:
     return peer
 
 
-def compile_blocks(unet: Any) -> None:
+def compile_blocks(unet: Any, *, whole: bool) -> None:
     """Regional compilation: the resnets and the transformer blocks, each kind once a shape."""
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
@@ -261,4 +267,4 @@ def compile_blocks(unet: Any) -> None:
     torch._dynamo.config.accumulated_recompile_limit = 1024
     for module in unet.modules():
         if isinstance(module, BasicTransformerBlock | ResnetBlock2D):
-            module.compile(fullgraph=True, dynamic=False)
+            module.compile(fullgraph=whole, dynamic=False)

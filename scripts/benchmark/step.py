@@ -7,6 +7,7 @@ fit beside the others run alone afterwards.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from typing import Any, Self
 from scripts.benchmark.families import FAMILIES, family_of
 
 ROOT = Path(__file__).parents[2]
+PROFILED = {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}  # for profiles of CUDA graphs
 LIMIT = 300  # seconds after which a process that does not answer is ended
 
 
@@ -52,6 +54,7 @@ class Process:
 
     def __init__(self, row: Row, settings: Mapping[str, Any]) -> None:
         self.row = row
+        self.ended = False
         self.errors = tempfile.TemporaryFile("w+")
         command = [sys.executable, "-m", "scripts.benchmark.worker"]
         self.process = subprocess.Popen(
@@ -61,6 +64,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
+            env=os.environ | PROFILED,
         )
         self.settings = dict(settings, spawned=time.time())
 
@@ -88,13 +92,19 @@ class Process:
         """Look into a step."""
         if self.row.failed is None:
             asked = {"milliseconds": self.row.milliseconds, "shapes": shapes}
-            self.row.details = self._ask({"do": "details", **asked})
+            said = self._ask({"do": "details", **asked})
+            if self.row.failed is not None:  # the times stand all the same
+                self.row.details = {"notes": [f"details: {self.row.failed}"]}
+                self.row.failed = None
+                self.ended = True
+                return
+            self.row.details = said
             peaks = (self.row.peak_gib, self.row.details.get("steady_gib"))
             self.row.peak_gib = max((p for p in peaks if p is not None), default=None)
 
     def facts(self) -> dict[str, str]:
         """What is measured on."""
-        return {} if self.row.failed else self._ask({"do": "facts"})
+        return {} if self.row.failed or self.ended else self._ask({"do": "facts"})
 
     def _ask(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Ask, and wait for the answer; a process that gives none has failed."""
@@ -277,8 +287,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cases",
         nargs="+",
         default=["eri", "eager", "graph"],
-        help="eri[:option=value,...], eager, checkpointed, graph, compiled, kohya[-checkpointed|"
-        "-bf16], onetrainer[-checkpointed|-compiled]",
+        help="eri[:option=value,...], eager, checkpointed, graph, compiled[-in-parts], "
+        "kohya[-checkpointed|-bf16], onetrainer[-checkpointed|-compiled]",
     )
     parser.add_argument("--rounds", type=int, default=1, help="windows of each case, in turns")
     parser.add_argument("--steps", type=int, default=50, help="of a window")
