@@ -45,6 +45,19 @@ def test_the_next_time_it_draws_something_else(objective: Objective) -> None:
     assert not torch.allclose(first, second, rtol=1e-3)
 
 
+def test_all_chance_is_in_what_was_drawn(objective: Objective) -> None:
+    inputs = objective.draw(SampleBatch(SAMPLES, range(4)))
+    assert inputs.keys() == {"mean", "std", "latent", "noise", "timesteps", "shares", "context"}
+    chance = torch.get_rng_state()
+    first = objective(inputs)
+    assert torch.equal(torch.get_rng_state(), chance)
+    objective.seed = 1
+    assert torch.equal(objective(inputs), first)
+    for name in ("latent", "noise", "timesteps"):
+        other = objective.draw(SampleBatch(SAMPLES, range(4)))[name]
+        assert not torch.equal(objective(inputs | {name: other}), first)
+
+
 def test_the_seed_decides(objective: Objective) -> None:
     batch = SampleBatch(SAMPLES[:1], range(1))
     first = losses(objective, batch)
