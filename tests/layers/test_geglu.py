@@ -7,7 +7,9 @@ from torch import Tensor
 
 from eri.errors import ConfigError
 from eri.layers.backend import set_backend
+from eri.layers.build import SOURCES
 from eri.layers.geglu import (
+    MOST_ELEMENTS,
     geglu,
     geglu_backward,
     geglu_backward_reference,
@@ -79,6 +81,11 @@ def test_reasons_are_in_words() -> None:
     found = unsupported(torch.zeros(2, 8, dtype=torch.float64))
     assert found == "u is float64, not float32, float16 or bfloat16"
     assert unsupported(torch.zeros(0, 8)) == "u has 0 elements, not 1 to 17179869183"
+
+
+def test_the_limit_is_that_of_the_header() -> None:
+    header = (SOURCES / "geglu.h").read_text()
+    assert f"kGegluElements = 1LL << {MOST_ELEMENTS.bit_length() - 1};" in header
 
 
 def test_the_backend_cuda_refuses_other_devices() -> None:

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -7,7 +8,14 @@ from torch import Tensor, nn
 
 from eri.errors import ConfigError
 from eri.layers.backend import set_backend
-from eri.layers.group_norm_silu import group_norm_silu, unsupported
+from eri.layers.build import SOURCES
+from eri.layers.group_norm_silu import (
+    MOST_ELEMENTS,
+    MOST_SAMPLES,
+    MOST_VECTORS,
+    group_norm_silu,
+    unsupported,
+)
 from tests.kernel_checks import copy_bandwidth, error, microseconds, ulp
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -108,15 +116,16 @@ def test_the_op_has_the_right_gradient(silu: bool) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 64, 5, 3), (1, 64, 1, 1), (3, 96, 1, 7)])
 @pytest.mark.parametrize("layout", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_ops_are_registered_as_pytorch_wants_them(
-    shape: tuple[int, ...], layout: torch.memory_format, device: torch.device
+    shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype, device: torch.device
 ) -> None:
     if device.type == "cuda":
         if layout == torch.contiguous_format and shape[2:] != (1, 1):
             pytest.skip("the kernels take no map that lies channel by channel")
         loaded()
-    x = torch.randn(shape, device=device).contiguous(memory_format=layout)
-    norm = frozen(32, shape[1], torch.float32).to(device)
+    x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout)
+    norm = frozen(32, shape[1], dtype).to(device)
     weights = (norm.weight, norm.bias, 32)
     arguments = (x.clone().requires_grad_(), *weights, 1e-5, True)
     torch.library.opcheck(torch.ops.eri.group_norm_silu.default, arguments)
@@ -156,8 +165,19 @@ def test_reasons_are_in_words() -> None:
     assert reason(1, 36, 5, 5, groups=12, dtype=torch.float32) is None
     assert reason(1, 5120, 5, 5, groups=2) is None
     assert reason(1, 5120, 5, 5, groups=1) == "groups of 5120 channels are too wide"
+    assert reason(1, 2664, 5, 5, groups=8) == "groups of 333 channels are too wide"
     assert reason(65536, 64, 1, 1) == "x is [65536, 64, 1, 1], too large"
     assert reason(1, 64, 8192, 4096) == "x is [1, 64, 8192, 4096], too large"
+
+
+def test_the_limits_are_those_of_the_header() -> None:
+    header = (SOURCES / "group_norm_silu.h").read_text()
+    found = re.findall(r"constexpr \w+ kGroupNorm(\w+) = (.+?);", header)
+    assert dict(found) == {
+        "Vectors": str(MOST_VECTORS),
+        "Samples": str(MOST_SAMPLES),
+        "Sample": f"1LL << {MOST_ELEMENTS.bit_length() - 1}",
+    }
 
 
 def test_the_backend_cuda_refuses_other_devices() -> None:
