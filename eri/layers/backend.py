@@ -88,7 +88,9 @@ def kernels_ready(device: torch.device) -> bool:
     Raises:
         ConfigError: the backend is `cuda` and there are none, or the build failed.
     """
-    if _state.backend == "reference" or (device.type != "cuda" and _state.backend == "auto"):
+    if device.type == "meta" or _state.backend == "reference":
+        return False
+    if device.type != "cuda" and _state.backend == "auto":
         return False
     if device not in _state.ready and _granted(no_kernels(device), ""):
         _state.ready.add(device)

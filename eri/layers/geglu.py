@@ -121,4 +121,5 @@ def geglu_backward(da: Tensor, u: Tensor) -> Tensor:
 def _aligned(rows: Tensor) -> Tensor:
     """Rows as the kernels read them; a copy only where they lie otherwise."""
     rows = rows.contiguous()
-    return rows.clone() if rows.data_ptr() % VECTOR else rows
+    # where memory begins is aligned, and tensors that are only traced have no address
+    return rows.clone() if rows.storage_offset() * rows.element_size() % VECTOR else rows

@@ -227,4 +227,5 @@ def group_norm_silu(x: Tensor, norm: nn.GroupNorm, *, silu: bool = True) -> Tens
 def _dense(x: Tensor) -> Tensor:
     """A map as the kernels read it; a copy only where it lies otherwise."""
     x = x.contiguous(memory_format=torch.channels_last)
-    return x.clone() if x.data_ptr() % VECTOR else x
+    # where memory begins is aligned, and tensors that are only traced have no address
+    return x.clone() if x.storage_offset() * x.element_size() % VECTOR else x

@@ -195,7 +195,8 @@ def free_memory(device: torch.device) -> int | None:
     free, total = torch.cuda.mem_get_info(device)
     share = 1.0
     if hasattr(torch.cuda, "get_per_process_memory_fraction"):
-        share = torch.cuda.get_per_process_memory_fraction(device)
+        number = torch.cuda.current_device() if device.index is None else device.index
+        share = torch.cuda.get_per_process_memory_fraction(number)
     return min(free + torch.cuda.memory_reserved(device), int(share * total))
 
 

@@ -11,6 +11,7 @@ taken is the most that one of them needs, not the sum.
 Source: CUDA C++ Programming Guide, "CUDA Graphs"; PyTorch notes, "CUDA Graphs".
 """
 
+import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -127,6 +128,7 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         pool: Any = workspace.pool.id  # that of a handle, whose type is PyTorch's own
         with (
+            _no_garbage(),
             # other threads may pin memory meanwhile, as those that read samples do
             torch.cuda.graph(
                 graph, pool=pool, stream=workspace.stream, capture_error_mode="thread_local"
@@ -142,3 +144,16 @@ class Graphs:
     def _ready(self, tensor: Tensor) -> Tensor:
         """In memory that a GPU reads by itself; a pageable copy would wait for the device."""
         return tensor if tensor.is_cuda else tensor.pin_memory()
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Nothing is collected within: what frees memory of a GPU would end a recording."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -299,8 +299,9 @@ def test_a_constant_map_has_the_bias_as_its_result() -> None:
     x = torch.full((2, 320, 9, 9), 1234.5, device="cuda").contiguous(
         memory_format=torch.channels_last
     )
-    y = group_norm_silu(x, norm, silu=False)
-    torch.testing.assert_close(y, norm.bias[:, None, None].expand_as(y))
+    y, truth = group_norm_silu(x, norm, silu=False), norm.bias[:, None, None]
+    eager = F.group_norm(x, 32, norm.weight, norm.bias, norm.eps)
+    assert (y - truth).abs().max() <= 2 * (eager - truth).abs().max() + 1e-5
 
 
 @gpu
@@ -356,7 +357,7 @@ def test_the_kernels_give_the_same_bits_twice_and_in_a_graph(shape: tuple[int, .
 
 @gpu
 def test_bandwidth() -> None:
-    set_backend("cuda")
+    loaded()
     copied = copy_bandwidth()
     print(f"\na copy moves {copied / 1e12:.2f} TB/s; bytes: 4 an element forward, 6 backward")
     for shape in REAL:
