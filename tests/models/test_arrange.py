@@ -23,11 +23,11 @@ def adapted(model, dtype=torch.float64, **settings):
     return unet.train(), adapter
 
 
-def inputs(unet, dtype=torch.float64, batch=2):
+def inputs(unet, dtype=torch.float64, batch=2, side=8):
     draws = torch.Generator().manual_seed(2)
     spec = unet.spec
     found = [
-        torch.randn(batch, spec.in_channels, 8, 8, generator=draws).to(dtype),
+        torch.randn(batch, spec.in_channels, side, 8, generator=draws).to(dtype),
         torch.tensor([10, 700])[:batch],
         torch.randn(batch, 77, spec.context_dim, generator=draws).to(dtype),
     ]
@@ -39,7 +39,7 @@ def inputs(unet, dtype=torch.float64, batch=2):
     return found
 
 
-def run(unet, adapter):
+def run(unet, adapter, side=8):
     """The prediction and every gradient, with the bytes that were kept in between."""
     kept = {}
 
@@ -52,7 +52,7 @@ def run(unet, adapter):
         parameter.grad = None
     own = {p.untyped_storage()._cdata for p in unet.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = unet(*inputs(unet, unet.dtype))
+        y = unet(*inputs(unet, unet.dtype, side=side))
     size = sum(count for storage, count in kept.items() if storage not in own)
     y.square().mean().backward()
     return y.detach(), [p.grad.clone() for p in adapter.parameters()], size
@@ -76,10 +76,10 @@ def test_arranging_changes_no_number(model, recompute, lean, flat):
 
 def test_each_level_keeps_less(model):
     unet, adapter = adapted(model, torch.float32)
-    sizes = [run(unet, adapter)[2]]
+    sizes = [run(unet, adapter, side=16)[2]]
     for recompute in RECOMPUTE:
         arrange(unet, lean=True, recompute=recompute)
-        sizes.append(run(unet, adapter)[2])
+        sizes.append(run(unet, adapter, side=16)[2])
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[1] < 0.7 * sizes[0]
     assert len(set(sizes)) == len(sizes)
