@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from scripts.benchmark import cases, foreign, gradients, measure, plot, step
 from scripts.benchmark.__main__ import parser
 from scripts.benchmark.families import TINY, family_of, random_down, random_weight
 from scripts.benchmark.problem import Problem, batch_of, drawn, random_samples
+from tests.compvis_names import compvis_unet_names
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -159,6 +161,18 @@ def test_onetrainer_is_trained_without_what_its_layers_do_not_need(
                 del sys.modules[name]
     reference = cases.build("eager", one).gradients(batch_for(one))
     assert gradients.errors([theirs], [reference]).whole < 1e-5
+
+
+def test_kohyas_names_are_known() -> None:
+    from diffusers import UNet2DConditionModel
+
+    one = problem()
+    with torch.device("meta"):
+        theirs = UNet2DConditionModel(**one.family.config).state_dict()
+    names = compvis_unet_names(theirs)
+    kohyas: Any = SimpleNamespace(state_dict=lambda: dict.fromkeys(names.values()))
+    found = foreign._names_in_diffusers(kohyas, one)
+    assert found == {there: name for name, there in names.items()}
 
 
 @pytest.mark.parametrize("pattern", ["b n (h d) -> b h n d", "b h n d -> b n (h d)"])

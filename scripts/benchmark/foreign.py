@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from eri.formats.compvis_unet import from_compvis
+from eri.formats.unet_names import to_diffusers
 from eri.models.unet import sinusoid
 from scripts.benchmark.families import RANK, materialize
 from scripts.benchmark.peers import Peer, Predict, diffusers_unet, fill_lora, predict_with
@@ -87,7 +88,9 @@ def _kohya_unet(problem: Problem) -> Any:
 def _names_in_diffusers(unet: nn.Module, problem: Problem) -> dict[str, str]:
     """diffusers' name of every tensor of kohya's net, by kohya's own."""
     names = list(unet.state_dict())
-    return from_compvis(names) if problem.family.name == "sdxl" else {n: n for n in names}
+    if problem.family.name == "sd15":
+        return {name: name for name in names}
+    return {name: to_diffusers(ours) for name, ours in from_compvis(names).items()}
 
 
 def _by_diffusers_names(
