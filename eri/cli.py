@@ -16,7 +16,7 @@ from eri.config import Config, ModelSource, load_config, make_config
 from eri.errors import ConfigError, EriError, Stopped
 from eri.printable import printable
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "set_environment"]
 
 app = typer.Typer(
     name="eri",
@@ -219,10 +219,18 @@ def doctor() -> None:
     _say(f"{len(problems)} problems found" if problems else "everything is in order")
 
 
-def main() -> NoReturn:
-    """Run the command line and leave with the exit code of the contract."""
+def set_environment() -> None:
+    """What libraries read from the environment, before any of them is imported."""
     # OpenMP's threads would wait for each other spinning, and crawl wherever something else runs
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # PyTorch would keep pieces of a GPU's memory that fit nothing any more
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and sys.platform != "win32":
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def main() -> NoReturn:
+    """Run the command line and leave with the exit code of the contract."""
+    set_environment()
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
     try:

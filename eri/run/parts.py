@@ -17,6 +17,7 @@ from eri.run.base import BaseFacts
 from eri.run.conditions import Condition
 from eri.run.dataset import Images
 from eri.run.encoding import Encoder
+from eri.run.memory_plan import MemoryPlan
 from eri.run.micro_batch import Sample
 from eri.run.objective import Objective
 from eri.run.plan import RunPlan
@@ -106,15 +107,14 @@ def build(
         seed=config.train.seed,
     )
     unet.train()
-    on_gpu = plan.device.type == "cuda"
-    memory = plan.memory
-    if on_gpu:
+    memory, workspace = plan.memory, None
+    if plan.device.type == "cuda":
+        workspace = Workspace(plan.device)
+        torch.cuda.empty_cache()  # of what was done so far; the workspace cannot use it
+    if workspace is not None or memory.recompute != "nothing":
         arrange(unet, lean=memory.lean, recompute=memory.recompute)
     state = TrainState(adapter.flatten(plan.dtype), scaling=plan.dtype == torch.float16)
     objective = Objective(unet, schedule, seed=config.train.seed, drops=config.adapter.dropout > 0)
-    workspace = Workspace(plan.device) if on_gpu else None
-    # numbers drawn while a graph is recorded cannot be drawn again within it
-    draws_again = not memory.lean and memory.recompute != "nothing"
     return Parts(
         unet=unet,
         adapter=adapter,
@@ -125,7 +125,7 @@ def build(
             objective,
             weight_decay=config.train.weight_decay,
             max_grad_norm=config.train.max_grad_norm,
-            graphs=None if workspace is None else Graphs(workspace, 0 if draws_again else MOST),
+            graphs=None if workspace is None else Graphs(workspace, _graphs(memory)),
         ),
         workspace=workspace or nullcontext,
         samples=encoded.samples,
@@ -140,6 +140,11 @@ def build(
             folder=config.output / "samples",
         ),
     )
+
+
+def _graphs(memory: MemoryPlan) -> int:
+    """How many graphs are kept: none where dropout, drawn in a recording, would be drawn again."""
+    return 0 if not memory.lean and memory.recompute != "nothing" else MOST
 
 
 def _painter(

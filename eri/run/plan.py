@@ -16,7 +16,7 @@ from eri.run.dataset import Images
 from eri.run.device import choose_device, choose_dtype
 from eri.run.fast_path import leaves_fast_path, runs_lean
 from eri.run.footprint import Footprint, footprint
-from eri.run.memory_plan import Batch, MemoryPlan, free_memory, plan_memory
+from eri.run.memory_plan import Batch, MemoryPlan, cost_of_a_part, free_memory, plan_memory
 from eri.run.plan_text import (
     cache_lines,
     image_lines,
@@ -199,6 +199,7 @@ def _memory(
         measure,
         free=free_memory(device),
         lean=lean,
+        part=cost_of_a_part(device),
         told=told,
     )
 

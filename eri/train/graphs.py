@@ -109,7 +109,7 @@ class Graphs:
             return
         if key not in self._graphs:
             while len(self._graphs) >= self.most:
-                self._graphs.popitem(last=False)
+                self._graphs.popitem(last=False)[1].graph.reset()
             self._graphs[key] = self._record(run, inputs)
             self.seconds += perf_counter() - began
         self._graphs.move_to_end(key)
@@ -121,6 +121,11 @@ class Graphs:
 
     def __len__(self) -> int:
         return len(self._graphs)
+
+    def __del__(self) -> None:
+        """Give the memory back before the workspace goes, in whichever order they are collected."""
+        while self._graphs:
+            self._graphs.popitem()[1].graph.reset()
 
     def _record(self, run: Run, inputs: Inputs) -> _Graph:
         device, workspace = self.workspace.device, self.workspace
