@@ -287,6 +287,13 @@ def test_a_failure_is_a_row_with_its_reason_in_full_below() -> None:
     assert any(line.endswith("x" * 200) for line in lines)
 
 
+def test_a_case_that_computes_something_else_is_told() -> None:
+    said = [{"prediction_std": 0.65}, {"prediction_std": 0.655}, {"prediction_std": 0.49}]
+    rows = [step.Row("sdxl", "eri", 1, details=one, failed="later") for one in said]
+    assert step._warnings(rows[:2])[-1] == "prediction's deviation: 0.6500 to 0.6550"
+    assert "NOT the same net" in step._warnings(rows)[-1]
+
+
 def test_step_measures_interleaved_and_a_case_that_fails_is_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

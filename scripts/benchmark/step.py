@@ -22,6 +22,7 @@ from scripts.benchmark.families import FAMILIES, family_of
 
 ROOT = Path(__file__).parents[2]
 PROFILED = {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}  # for profiles of CUDA graphs
+ALIKE = 0.02  # share by which 16-bit nets with the same weights may differ in what they say
 LIMIT = 300  # seconds after which a process that does not answer is ended
 
 
@@ -243,7 +244,7 @@ def _cell(value: float | None, width: int, kind: str) -> str:
     return f"{'-' if value is None else format(value, kind):>{width}}"
 
 
-def _warnings(rows: Iterable[Row]) -> list[str]:
+def _warnings(rows: Sequence[Row]) -> list[str]:
     """What makes a row doubtful."""
     lines = []
     for row in rows:
@@ -252,9 +253,13 @@ def _warnings(rows: Iterable[Row]) -> list[str]:
             lines.append(f"{row.case}: a prediction of deviation {std:g}: its time says nothing")
         failures = [f"failed: {row.failed}"] if row.failed else []
         lines += [f"{row.case}: {note}" for note in (*failures, *row.details.get("notes", ()))]
-    stds = {row.details["prediction_std"] for row in rows if "prediction_std" in row.details}
+    first = min((row.batch for row in rows), default=0)  # other batches are other samples
+    deviations = [row.details.get("prediction_std") for row in rows if row.batch == first]
+    stds = {std for std in deviations if std is not None}
     if stds:
-        lines.append(f"prediction's deviation: {min(stds):.4f} to {max(stds):.4f}")
+        alike = max(stds) < (1 + ALIKE) * min(stds)
+        verdict = "" if alike else ": NOT the same net, compare nothing"
+        lines.append(f"prediction's deviation: {min(stds):.4f} to {max(stds):.4f}{verdict}")
     return lines
 
 
