@@ -114,6 +114,7 @@ def build(
     if workspace is not None or memory.recompute != "nothing":
         arrange(unet, lean=memory.lean, recompute=memory.recompute)
     state = TrainState(adapter.flatten(plan.dtype), scaling=plan.dtype == torch.float16)
+    painter = _painter(config, plan, unet, encoded.vae, schedule)
     objective = Objective(unet, schedule, seed=config.train.seed, drops=config.adapter.dropout > 0)
     return Parts(
         unet=unet,
@@ -130,21 +131,27 @@ def build(
         workspace=workspace or nullcontext,
         samples=encoded.samples,
         validation=encoded.validation,
-        previews=Previews(
-            painter=_painter(config, plan, unet, encoded.vae, schedule),
-            prompts=[prompt for prompt, _ in plan.prompts],
-            negative_prompt=config.sample.negative,
-            conditions=encoded.prompts,
-            adapter=adapter,
-            size=plan.size,
-            folder=config.output / "samples",
-        ),
+        previews=_previews(config, plan, encoded, adapter, painter),
     )
 
 
 def _graphs(memory: MemoryPlan) -> int:
     """How many graphs are kept: none where dropout, drawn in a recording, would be drawn again."""
     return 0 if not memory.lean and memory.recompute != "nothing" else MOST
+
+
+def _previews(
+    config: Config, plan: RunPlan, encoded: Encoded, adapter: Adapter, painter: Painter
+) -> Previews:
+    return Previews(
+        painter=painter,
+        prompts=[prompt for prompt, _ in plan.prompts],
+        negative_prompt=config.sample.negative,
+        conditions=encoded.prompts,
+        adapter=adapter,
+        size=plan.size,
+        folder=config.output / "samples",
+    )
 
 
 def _painter(

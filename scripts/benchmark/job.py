@@ -110,7 +110,8 @@ def speeds(log: Path) -> tuple[float | None, float | None]:
     """Images a second of the later steps: the median, and the mean of all of them."""
     if not log.exists():
         return None, None
-    records = [json.loads(line) for line in log.read_text().splitlines()][WARM:]
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = records[min(WARM, len(records) // 2) :]
     if not records:
         return None, None
     seconds = sum(len(one["files"]) / one["images_per_second"] for one in records)
@@ -120,7 +121,7 @@ def speeds(log: Path) -> tuple[float | None, float | None]:
 
 def tell(job: Job) -> None:
     """Print a run."""
-    shown = ("memory", "kernels", "time  ", "warning", "eri: error", "hint", "adapter", "  ")
+    shown = ("memory", "kernels", "time  ", "warning", "slower", "eri: error", "hint", "adapter")
     for line in job.lines:
         if line.startswith(shown):
             print(f"    {line}")
