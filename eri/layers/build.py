@@ -37,6 +37,7 @@ LIBRARY = "liberi_kernels.so"
 STABLE_ABI = "0x020a000000000000"  # of PyTorch 2.10, the oldest that eri runs on
 CXX_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={STABLE_ABI}")
 CUDA_FLAGS = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC")
+CXX_LIBRARY = ("-l:libstdc++.so.6",)  # the one that PyTorch runs on, never a copy inside of ours
 LINK_FLAGS = ("-shared", "-cudart", "static")  # works beside whichever runtime PyTorch brings
 LAST_LINES = 15  # of a compiler that failed
 POLL_SECONDS = 0.2
@@ -267,7 +268,7 @@ def _build_file(toolchain: Toolchain, arch: str) -> str:
         f"rule cpp\n  command = {_command(cxx)} -c $in -o $out",
         f"rule cu\n  command = {_command([*nvcc, *CUDA_FLAGS])} -c $in -o $out",
         f"rule library\n  command = {_command(link)} $in -o $out "
-        + _command([f"-L{home / 'lib'}", *present]),
+        + _command([*CXX_LIBRARY, f"-L{home / 'lib'}", *present]),
     ]
     objects = []
     for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.cu")]):

@@ -57,7 +57,6 @@ class Dropout(nn.Dropout):
         return f"p={self.p}" if self.seed is None else f"p={self.p}, seed={self.seed}"
 
 
-@torch.compiler.disable(reason="the mask is drawn with a generator on the CPU")
 def _seeded_mask(x: Tensor, p: float, seed: int, calls: Tensor) -> Tensor:
     """The mask of the next call, already scaled: 0 or 1 / (1 - p); counts the call."""
     generator = rng.generator(seed, "dropout", step=int(calls))

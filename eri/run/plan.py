@@ -180,6 +180,8 @@ def _memory(
     largest = max((shape for _, shape in counts), key=lambda shape: shape.area)
     lean = runs_lean(config, device)
 
+    height, width = (side // facts.latent_factor for side in largest)
+
     def measure(recompute: Recompute) -> Footprint:
         return footprint(
             facts.spec,
@@ -187,7 +189,7 @@ def _memory(
             targets=config.adapter.targets,
             dropout=config.adapter.dropout,
             dtype=dtype,
-            latents=(1, *(side // facts.latent_factor for side in largest)),
+            latents=(1, height, width),
             states=facts.words.tokens * images.train.windows,
             lean=lean,
             recompute=recompute,

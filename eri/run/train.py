@@ -66,14 +66,17 @@ def train(
     unusable = unusable_card()
     if unusable is not None:
         say(console, "warning: {}\nhint: {}".format(*unusable))
+    clock = Clock()
     with StopSignals() as stop, disk_errors(config.output), memory_errors():
         config = claim(config, restart)
         facts = look_at(config.model, lambda line: say(console, line))
         choice = choose(config.model, facts.hint)
         with nullcontext() if dry_run else own(config.output):
-            images = look_at_images(config, facts, console, stop.raise_if_stopped)
-            plan = plan_run(config, facts, choice, images, dry_run=dry_run)
-            run = _Run(config, console, facts, images, plan)
+            with clock("checking images"):
+                images = look_at_images(config, facts, console, stop.raise_if_stopped)
+            with clock("planning"):
+                plan = plan_run(config, facts, choice, images, dry_run=dry_run)
+            run = _Run(config, console, facts, images, plan, clock=clock)
             checkpoint = run.look_back(allow_change)
             if not dry_run and not run.go(checkpoint, stop):
                 stop.raise_if_stopped()
@@ -89,6 +92,8 @@ class _Run:
         facts: BaseFacts,
         images: Images,
         plan: RunPlan,
+        *,
+        clock: Clock,
     ) -> None:
         self.config = config
         self.folder = config.output
@@ -98,9 +103,10 @@ class _Run:
         self.plan = plan
         self.choice = plan.choice
         self.resumed = False
-        self.clock = Clock()
+        self.clock = clock
         self.layers = shapes_of(facts.spec)
-        self.identity = _identity(config, facts, images, plan)
+        with clock("hashing the model"):
+            self.identity = _identity(config, facts, images, plan)
 
     def say(self, text: str) -> None:
         """Print lines for people."""

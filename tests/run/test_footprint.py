@@ -79,7 +79,8 @@ def test_activations_are_what_a_real_step_takes(lean: bool, recompute: Recompute
 def test_scores_of_attention_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = worked_out(SMALL, latents=(1, 64, 64)).activations
     monkeypatch.setattr(module, "fused_attention", nullcontext)
-    with_scores = footprint.__wrapped__(
+    monkeypatch.setattr(module, "recall", lambda *_: None)
+    with_scores = footprint(
         SMALL,
         rank=2,
         targets="attn+ff+proj",
@@ -90,6 +91,15 @@ def test_scores_of_attention_are_not_counted(monkeypatch: pytest.MonkeyPatch) ->
     ).activations
     scores = 4 * 4096 * 4096  # one head of one block's self-attention, float32
     assert with_scores > fused + scores
+
+
+def test_it_is_worked_out_once_for_each_code_of_the_net(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = worked_out(SMALL)
+    monkeypatch.setattr(module, "_on_meta", None)  # what cannot be recalled fails now
+    assert worked_out(SMALL) == first
+    monkeypatch.setattr(module, "_code", lambda: "another net")
+    with pytest.raises(TypeError):
+        worked_out(SMALL)
 
 
 def test_weights_and_adapter_are_exact() -> None:

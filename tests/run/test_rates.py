@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eri.run.rates import MOST_KEPT, device_name, known_rate, remember_rate
+from eri.run.rates import device_name, known_rate, remember_rate
+from eri.run.remembered import MOST_KEPT
 
 
 def test_what_was_measured_is_known_afterwards() -> None:
