@@ -58,7 +58,7 @@ class NoiseSchedule:
             alphas_cumprod = _without_last_signal(alphas_cumprod)
             self.betas = 1 - alphas_cumprod / torch.cat([torch.ones(1), alphas_cumprod[:-1]])
         self.alphas_cumprod = alphas_cumprod.float()
-        self._on_device = self.alphas_cumprod
+        self._on_device: dict[torch.device, Tensor] = {}
         self.timesteps = timesteps
         self.prediction: Prediction = prediction
         self.zero_terminal_snr = zero_terminal_snr
@@ -79,9 +79,9 @@ class NoiseSchedule:
         return signal * noise.float() - spread * latents.float()
 
     def _coefficients(self, timesteps: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        if self._on_device.device != device:  # once: a copy from the host waits for a GPU
-            self._on_device = self.alphas_cumprod.to(device)
-        alpha = self._on_device[timesteps.to(device)][:, None, None, None]
+        if device not in self._on_device:  # once: a copy from the host waits for a GPU
+            self._on_device[device] = self.alphas_cumprod.to(device)
+        alpha = self._on_device[device][timesteps.to(device)][:, None, None, None]
         return alpha.sqrt(), (1 - alpha).sqrt()
 
 

@@ -20,7 +20,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -194,16 +194,17 @@ def _owner() -> int:
 def _turn(folder: Path, say: Say) -> Iterator[None]:
     """Hold the folder; while another process holds it, wait: it is building."""
     told = False
-    while True:
-        try:
-            with lock(folder):
-                yield
-            return
-        except OccupiedError:
-            if not told:
-                say("waiting for another process that builds the CUDA kernels")
-            told = True
-            time.sleep(POLL_SECONDS)
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(lock(folder))
+                break
+            except OccupiedError:
+                if not told:
+                    say("waiting for another process that builds the CUDA kernels")
+                told = True
+                time.sleep(POLL_SECONDS)
+        yield
 
 
 def _build(final: Path, toolchain: Toolchain, capability: tuple[int, int], say: Say) -> None:

@@ -95,6 +95,7 @@ class LoRALayer(nn.Module, Generic[Layer]):
         draw = torch.empty(a.shape, dtype=torch.float32, device="cpu")
         a.copy_(draw.uniform_(-bound, bound, generator=generator))
         self.lora_b.weight.zero_()
+        self._shadows = None  # they were of the old pair
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -4,6 +4,7 @@ import torch
 
 from eri.config import Config
 from eri.models.arrange import Recompute
+from eri.run.memory_plan import uses_graphs
 
 __all__ = ["leaves_fast_path", "runs_lean"]
 
@@ -15,7 +16,10 @@ def runs_lean(config: Config, device: torch.device) -> bool:
     alone.
     """
     return (
-        device.type == "cuda" and config.train.backend != "reference" and not config.adapter.dropout
+        device.type == "cuda"
+        and torch.version.hip is None
+        and config.train.backend != "reference"
+        and not config.adapter.dropout
     )
 
 
@@ -37,7 +41,7 @@ def leaves_fast_path(
         lines.append("train.backend: reference runs plain modules and PyTorch's own kernels")
     if config.adapter.dropout:
         lines.append("adapter.dropout runs plain modules, which keep more for the backward pass")
-    if not runs_lean(config, device) and recompute != "nothing":
+    if not uses_graphs(runs_lean(config, device), recompute):
         lines.append("plain modules that compute again are launched one by one, not as a graph")
     if dtype == torch.float32:
         lines.append("train.precision: fp32 computes without tensor cores")

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import eri.adapters
 import eri.layers
 import eri.models
 import eri.run
@@ -79,7 +80,7 @@ def footprint(
     arrangement = (rank, targets, dropout, dtype, latents, states, lean, recompute)
     key = f"{spec} {arrangement} {_code()}"
     known = recall(FOOTPRINTS, key)
-    if isinstance(known, list) and len(known) == 3 and all(isinstance(n, int) for n in known):
+    if isinstance(known, list) and len(known) == 3 and all(type(n) is int and n > 0 for n in known):
         return Footprint(*known)
     unet, flat = _on_meta(spec, rank, targets, dropout, dtype)
     arrange(unet, lean=lean, recompute=recompute)
@@ -101,7 +102,7 @@ def footprint(
 def _code() -> str:
     """What a footprint hangs on beside its arguments: the code of the net, and PyTorch's."""
     digest = hashlib.blake2b(torch.__version__.encode(), digest_size=8)
-    for module in (eri.layers, eri.models, eri.run):
+    for module in (eri.adapters, eri.layers, eri.models, eri.run):
         for file in sorted(Path(str(module.__file__)).parent.glob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()

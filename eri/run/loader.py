@@ -95,7 +95,11 @@ class Loader:
         if expected is not None and expected[0] == step:
             return expected[1]
         found = self._read(step) if self._count else self._source[step]
-        return found if isinstance(found, EriError) else [b.to(self._device) for b in found]
+        if isinstance(found, EriError):
+            return found
+        if self._device.type == "cuda" and not self._count:
+            found = [batch.pin_memory() for batch in found]  # else the copy waits for the device
+        return [batch.to(self._device) for batch in found]
 
     def _read(self, step: int) -> Read:
         """What a step is, from the workers if they are there and alive.

@@ -112,9 +112,15 @@ class MemoryPlan:
         return self.peak is None or self.free is None or self.peak <= self.free
 
     @property
+    def uses_graphs(self) -> bool:
+        """Whether steps on a GPU are recorded."""
+        return uses_graphs(self.lean, self.recompute)
+
+    @property
     def pace(self) -> str:
         """What the speed hangs on, in words."""
-        return f"{self.micro} at once, {self.recompute} recomputed"
+        blocks = "lean" if self.lean else "plain"
+        return f"{self.micro} at once, {blocks} blocks, {self.recompute} recomputed"
 
     @property
     def limit(self) -> int | None:
@@ -205,6 +211,11 @@ def free_memory(device: torch.device) -> int | None:
     return min(free + torch.cuda.memory_reserved(device), int(share * total))
 
 
+def uses_graphs(lean: bool, recompute: Recompute) -> bool:
+    """Whether steps can be recorded: what plain blocks compute again may draw numbers again."""
+    return lean or recompute == "nothing"
+
+
 def cost_of_a_part(device: torch.device) -> float:
     """What it takes to begin a part of a batch on a device, in images."""
     if device.type != "cuda":
@@ -227,8 +238,8 @@ def _ways(images: int, *, lean: bool, part: float = COST_OF_A_PART) -> list[Way]
 
     def time(way: Way) -> float:
         micro, recompute = way
-        held_by_graphs = lean or recompute == "nothing"
-        more = COST_OF_RECOMPUTING[recompute] + (0 if held_by_graphs else COST_WITHOUT_GRAPHS)
+        more = COST_OF_RECOMPUTING[recompute]
+        more += 0 if uses_graphs(lean, recompute) else COST_WITHOUT_GRAPHS
         return (images + part * ceil(images / micro)) * (1 + more)
 
     return sorted(((size, recompute) for size in sizes for recompute in RECOMPUTE), key=time)

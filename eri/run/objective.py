@@ -143,22 +143,32 @@ class ValidationLoss:
 
 
 @torch.no_grad()
-def validate(objective: Objective, samples: Sequence[Sample]) -> ValidationLoss:
-    """Measure the loss on held-out images: 8 fixed timesteps times 4 fixed noises for each."""
+def validate(
+    objective: Objective, samples: Sequence[Sample], *, at_once: int = VALIDATION_TIMESTEPS
+) -> ValidationLoss:
+    """Measure the loss on held-out images: 8 fixed timesteps times 4 fixed noises for each.
+
+    Args:
+        objective: whose net is measured.
+        samples: to measure on.
+        at_once: samples in a forward pass, at most.
+    """
     total = objective.schedule.timesteps
     spread = (torch.arange(VALIDATION_TIMESTEPS) + 0.5) / VALIDATION_TIMESTEPS
     timesteps = (spread * total).long()
     unet = objective.unet
     was_training = unet.training
     unet.eval()
-    losses = torch.stack([_held_out(objective, sample, timesteps) for sample in samples]).mean(0)
+    parts = timesteps.split(at_once)
+    found = [[_held_out(objective, sample, part) for part in parts] for sample in samples]
+    losses = torch.stack([torch.cat(of_a_sample) for of_a_sample in found]).mean(0)
     unet.train(was_training)
     thirds = [losses[timesteps * 3 // total == third].mean().item() for third in range(3)]
     return ValidationLoss(losses.mean().item(), (thirds[0], thirds[1], thirds[2]))
 
 
 def _held_out(objective: Objective, sample: Sample, timesteps: Tensor) -> Tensor:
-    """The loss of one image at each timestep, `[8]` on the CPU, averaged over the noises."""
+    """The loss of one image at each timestep `[T]`, on the CPU, averaged over the noises."""
     shape, count = tuple(sample.mean.shape), len(timesteps)
     conditions = conditions_of(objective.unet, [sample] * count)
     weights = pixel_weights([sample] * count)

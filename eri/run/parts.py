@@ -17,7 +17,6 @@ from eri.run.base import BaseFacts
 from eri.run.conditions import Condition
 from eri.run.dataset import Images
 from eri.run.encoding import Encoder
-from eri.run.memory_plan import MemoryPlan
 from eri.run.micro_batch import Sample
 from eri.run.objective import Objective
 from eri.run.plan import RunPlan
@@ -107,13 +106,13 @@ def build(
         seed=config.train.seed,
     )
     unet.train()
-    memory, workspace = plan.memory, None
-    if plan.device.type == "cuda":
-        workspace = Workspace(plan.device)
-        torch.cuda.empty_cache()  # of what was done so far; the workspace cannot use it
+    memory = plan.memory
+    workspace = Workspace(plan.device) if plan.device.type == "cuda" else None
     if workspace is not None or memory.recompute != "nothing":
         arrange(unet, lean=memory.lean, recompute=memory.recompute)
     state = TrainState(adapter.flatten(plan.dtype), scaling=plan.dtype == torch.float16)
+    if workspace is not None:
+        torch.cuda.empty_cache()  # of all that was done so far; the workspace cannot use it
     painter = _painter(config, plan, unet, encoded.vae, schedule)
     objective = Objective(unet, schedule, seed=config.train.seed, drops=config.adapter.dropout > 0)
     return Parts(
@@ -126,18 +125,13 @@ def build(
             objective,
             weight_decay=config.train.weight_decay,
             max_grad_norm=config.train.max_grad_norm,
-            graphs=None if workspace is None else Graphs(workspace, _graphs(memory)),
+            graphs=workspace and Graphs(workspace, MOST if memory.uses_graphs else 0),
         ),
         workspace=workspace or nullcontext,
         samples=encoded.samples,
         validation=encoded.validation,
         previews=_previews(config, plan, encoded, adapter, painter),
     )
-
-
-def _graphs(memory: MemoryPlan) -> int:
-    """How many graphs are kept: none where dropout, drawn in a recording, would be drawn again."""
-    return 0 if not memory.lean and memory.recompute != "nothing" else MOST
 
 
 def _previews(

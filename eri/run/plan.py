@@ -221,5 +221,6 @@ def _pace(
     return (
         f"{facts.spec.family} of {parameters} parameters, {adapter.targets} at rank "
         f"{adapter.rank}, {dtype}, batches of {train.batch_size} x {train.accumulate} at "
-        f"{resolution}, {memory.pace}, {device_name(device)}"
+        f"{resolution}, {memory.pace}, {train.backend} backend"
+        f"{', deterministic' if train.deterministic else ''}, {device_name(device)}"
     )

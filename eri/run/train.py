@@ -203,7 +203,7 @@ class _Run:
                 self.choice,
                 Subjects(unet, samples),
                 self.facts.noise,
-                at_once=self.config.train.batch_size,
+                at_once=self.plan.memory.micro,
                 where=self.facts.path,
                 say=self.say,
             )
@@ -217,7 +217,7 @@ class _Run:
         cut(log_file, state.step)
         if self.images.validation.items:
             with self.clock("validation"), parts.workspace():
-                before = Validation(self.folder, parts, self.images.validation.fingerprint).before()
+                before = self._validation(parts).before()
             self.say(f"held-out loss {before.mean:.4f} at the start")
         if self.plan.loop.sample_every and state.step == 0:
             self.say("drawing the previews of the base model")
@@ -240,6 +240,10 @@ class _Run:
             self.clock.move(parts.step.graphs.seconds, "training", "recording")
         self.clock.move(log.waited, "training", "waiting for samples")
         remember_rate(self.plan.pace, log.images_per_second)
+
+    def _validation(self, parts: Parts) -> Validation:
+        images = self.images.validation.fingerprint
+        return Validation(self.folder, parts, images, at_once=self.plan.memory.micro)
 
     def _draw(self, parts: Parts, step: int, stop: Callable[[], bool]) -> None:
         with self.clock("previews"), parts.workspace():
@@ -266,9 +270,8 @@ class _Run:
         """Measure and show what was learned, then write the finished adapter, last of all."""
         step = parts.state.step
         if self.images.validation.items:
-            images = self.images.validation.fingerprint
             with self.clock("validation"), parts.workspace():
-                self.say(Validation(self.folder, parts, images).compare())
+                self.say(self._validation(parts).compare())
         sheet = None
         if self.plan.loop.sample_every:
             with self.clock("previews"), parts.workspace():

@@ -21,12 +21,14 @@ class Validation:
         folder: of the run.
         parts: its net, its held-out images.
         images: fingerprint of the held-out images; a loss on other ones is measured anew.
+        at_once: samples in a forward pass, at most.
     """
 
-    def __init__(self, folder: Path, parts: Parts, images: str) -> None:
+    def __init__(self, folder: Path, parts: Parts, images: str, *, at_once: int) -> None:
         self.path = folder / FILE
         self.parts = parts
         self.images = images
+        self.at_once = at_once
 
     def before(self) -> ValidationLoss:
         """The base model's loss, measured unless it is on record."""
@@ -34,7 +36,7 @@ class Validation:
         if recorded is not None:
             return recorded
         self.parts.adapter.set_strength(0)
-        loss = validate(self.parts.objective, self.parts.validation)
+        loss = validate(self.parts.objective, self.parts.validation, at_once=self.at_once)
         self.parts.adapter.set_strength(1)
         self._record(before=loss)
         return loss
@@ -42,7 +44,7 @@ class Validation:
     def compare(self) -> str:
         """Measure the adapter, record it, and say how it compares with the base model."""
         before = self.before()
-        after = validate(self.parts.objective, self.parts.validation)
+        after = validate(self.parts.objective, self.parts.validation, at_once=self.at_once)
         self._record(before=before, after=after)
         thirds = ", ".join(
             f"{name} {_change(old, new)}"

@@ -12,7 +12,6 @@ Source: CUDA C++ Programming Guide, "CUDA Graphs"; PyTorch notes, "CUDA Graphs".
 """
 
 import gc
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch import Tensor
 
 __all__ = ["MOST", "Graphs", "Workspace"]
 
-MOST = 32  # graphs that are kept; each takes some ten MiB beside the memory that they share
+MOST = 32  # graphs; each takes some ten MiB beside the memory that they share
 
 Inputs = Mapping[str, Tensor]
 Run = Callable[[Inputs], None]
@@ -58,9 +57,11 @@ class Workspace:
         """Work within runs after what was asked before, and before what is asked later."""
         outside = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(outside)
-        with torch.cuda.stream(self.stream):
-            yield
-        outside.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            outside.wait_stream(self.stream)
 
 
 @dataclass
@@ -80,8 +81,7 @@ class Graphs:
 
     Args:
         workspace: of all the graphs.
-        most: that are kept; of more than these the one that was not used for longest is dropped.
-            With 0 everything just runs.
+        most: that are recorded; inputs of further shapes just run.
     """
 
     def __init__(self, workspace: Workspace, most: int = MOST) -> None:
@@ -89,7 +89,7 @@ class Graphs:
         self.most = most
         self.seconds = 0.0  # of the host, for what is met first and for recording
         self._met: set[object] = set()
-        self._graphs: OrderedDict[object, _Graph] = OrderedDict()
+        self._graphs: dict[object, _Graph] = {}
 
     def __call__(self, run: Run, inputs: Inputs) -> None:
         """Run a function.
@@ -100,19 +100,16 @@ class Graphs:
             inputs: on the device or on the host; what it is given is on the device.
         """
         key = (run, *((name, t.shape, t.dtype) for name, t in sorted(inputs.items())))
-        began = perf_counter()
-        if key not in self._met or not self.most:
+        began, is_new = perf_counter(), key not in self._met
+        if key not in self._graphs and (is_new or len(self._graphs) >= self.most):
             self._met.add(key)
             with self.workspace():
                 run({name: self._moved(tensor) for name, tensor in inputs.items()})
-            self.seconds += perf_counter() - began
+            self.seconds += perf_counter() - began if is_new else 0.0
             return
         if key not in self._graphs:
-            while len(self._graphs) >= self.most:
-                self._graphs.popitem(last=False)[1].graph.reset()
             self._graphs[key] = self._record(run, inputs)
             self.seconds += perf_counter() - began
-        self._graphs.move_to_end(key)
         graph = self._graphs[key]
         with self.workspace.on_stream():
             for name, place in graph.inputs.items():

@@ -54,9 +54,9 @@ def train(
     began = perf_counter()
 
     def finish(all_but: int) -> None:
-        """Wait for the oldest steps that the device works on, and tell of them."""
+        """Tell of the steps that are done, and wait for the oldest of the others."""
         nonlocal began
-        while len(running) > all_but:
+        while running and (len(running) > all_but or running[0][0].is_done()):
             pending, lr = running.popleft()
             numbers = pending.result()
             ended = perf_counter()

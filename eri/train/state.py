@@ -14,6 +14,7 @@ __all__ = ["TrainState"]
 SEPARATOR = "/"  # no parameter name has one: <parameter>/<what the optimizer keeps of it>
 KEPT = ("exp_avg", "exp_avg_sq")  # of each parameter: AdamW's moments
 NUMBERS = {"updates": Control.UPDATES, "scale": Control.SCALE, "growth": Control.GROWTH}
+OTHER_VERSION = "another version wrote it; --restart begins anew beside it"
 FIRST_SCALE = 2.0**16  # of fp16's loss
 
 
@@ -47,7 +48,7 @@ class TrainState:
         """The rest, as JSON can hold it."""
         control: list[float] = self.control.tolist()
         found: dict[str, object] = {name: control[place] for name, place in NUMBERS.items()}
-        return {"step": self.step} | found
+        return {"step": self.step, "scaling": self.scaling} | found
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, object]) -> None:
@@ -59,7 +60,10 @@ class TrainState:
         mine = self.optimizer_tensors()
         strange = sorted(tensors.keys() - mine.keys())
         if strange:
-            name = strange[0].rpartition(SEPARATOR)[0]
+            name, _, kind = strange[0].rpartition(SEPARATOR)
+            if name in self.flat.parameters:
+                what = f"the optimizer state has {kind!r}, which this version does not know"
+                raise ModelError(what, hint=OTHER_VERSION)
             raise ModelError(f"the optimizer state speaks of {name!r}, which does not train")
         missing = sorted(mine.keys() - tensors.keys())
         if missing:
@@ -67,10 +71,12 @@ class TrainState:
         step = numbers.get("step")
         if not isinstance(step, int):
             raise ModelError("the state lacks its step")
-        for name, place in NUMBERS.items():
+        # a loss that was not scaled says nothing of how one is to be scaled, nor the other way
+        taken = NUMBERS if numbers.get("scaling") is self.scaling else {"updates": Control.UPDATES}
+        for name, place in taken.items():
             number = numbers.get(name)
             if not isinstance(number, int | float):
-                raise ModelError(f"the state lacks its {name}")
+                raise ModelError(f"the state lacks its {name}", hint=OTHER_VERSION)
             self.control[place] = number
         for name, tensor in tensors.items():
             mine[name].copy_(tensor)

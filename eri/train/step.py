@@ -68,6 +68,10 @@ class Pending:
     _numbers: Tensor  # of the control block, on the host once the event has come
     _event: torch.cuda.Event | None
 
+    def is_done(self) -> bool:
+        """Whether nobody would have to wait for the result."""
+        return self._event is None or self._event.query()
+
     def result(self) -> StepNumbers:
         """Wait for the step, and tell what it was like.
 

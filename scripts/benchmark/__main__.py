@@ -16,11 +16,14 @@ from pathlib import Path
 
 import torch
 
+from eri.cli import set_environment
+
 COMMANDS = ("step", "gradients", "curves", "kernels", "job")
 
 
 def main() -> int:
     """Parse, and run the command."""
+    set_environment()  # of the processes that are begun, as `eri` has it
     options = parser().parse_args()
     for name in ("kohya", "onetrainer"):
         if getattr(options, name, None) is not None:

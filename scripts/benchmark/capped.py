@@ -8,16 +8,16 @@
 import sys
 from pathlib import Path
 
-import torch
-
 from eri.cli import main, set_environment
 
 
 def run() -> None:
     """Set the cap, be `eri`, and tell the peak."""
+    set_environment()  # as `eri` does, before PyTorch is imported
+    import torch
+
     cap, peak = float(sys.argv[1]), Path(sys.argv[2])
     sys.argv = ["eri", *sys.argv[3:]]
-    set_environment()
     if cap and torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(cap * 2**30 / whole, 0)

@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
             tell(jobs[-1])
     if options.json:
         options.json.write_text(json.dumps([asdict(job) for job in jobs], indent=1))
-    return max(job.code for job in jobs)
+    return int(any(job.code for job in jobs))
 
 
 def measure(
@@ -92,7 +92,7 @@ def measure(
         command += ["--set", setting]
     began, first, lines = time.perf_counter(), None, []
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=None
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:

@@ -82,7 +82,8 @@ class Worker:
     def start(self) -> dict[str, Any]:
         """Build the case and run it until it is as fast as it gets."""
         settings = self.settings
-        torch.backends.cudnn.benchmark = True
+        # eri takes cuDNN's own choice, in users' runs as well
+        torch.backends.cudnn.benchmark = not settings["case"].startswith("eri")
         if self.device.type == "cuda" and settings["cap"]:
             total = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(settings["cap"] * GIB / total)

@@ -144,6 +144,12 @@ def test_validation_repeats_exactly_and_has_a_loss_for_each_third(objective: Obj
     assert sum(eighths) / 8 == pytest.approx(first.mean, rel=1e-5)
 
 
+def test_validation_in_parts_is_the_same(objective: Objective) -> None:
+    whole, parts = (validate(objective, SAMPLES[:2], at_once=count) for count in (8, 3))
+    assert parts.mean == pytest.approx(whole.mean, rel=1e-5)
+    assert parts.thirds == pytest.approx(whole.thirds, rel=1e-5)
+
+
 def test_validation_leaves_training_on(objective: Objective) -> None:
     objective.unet.train()
     validate(objective, SAMPLES[:1])

@@ -31,6 +31,9 @@ class Told(Pending):
 
     asked: list[str]
 
+    def is_done(self) -> bool:
+        return False  # as far as anybody knows, on a device
+
     def result(self) -> StepNumbers:
         self.asked.append(f"wait {self.step}")
         return super().result()
@@ -182,3 +185,28 @@ def test_asked_to_stop_after_a_step_that_was_not_finite_it_saves_nothing(tmp_pat
     with pytest.raises(NonFiniteError):
         recorder.run(replace(PLAN, sample_every=0, save_every=100))
     assert not [line for line in recorder.asked if line.startswith("save")]
+
+
+def test_a_step_that_is_done_is_told_of_before_the_next_begins(tmp_path: Path) -> None:
+    """Otherwise the time of a step would be that of another, and the speed of a run wrong."""
+    recorder, told = Recorder(tmp_path / "log.jsonl"), []
+    console = Console(file=io.StringIO())
+    with Log(recorder.path, steps=6, step=0, console=console) as log:
+        write = log.step
+
+        def step(pending: Pending, *rest: StepNumbers, **others: float) -> None:
+            told.append((pending.step, recorder.state.step))
+            write(pending, *rest, **others)
+
+        log.step = step  # type: ignore[method-assign]
+        train(
+            PLAN,
+            recorder.state,
+            step=recorder.step,
+            batches=recorder.batches,
+            log=log,
+            sample=lambda step: None,
+            save=lambda: None,
+            stop=lambda: False,
+        )
+    assert told == [(n, n) for n in range(1, 7)]

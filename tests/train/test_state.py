@@ -65,17 +65,47 @@ def test_an_optimizer_that_forgets_does_not_go_on_bit_by_bit(forgotten: str) -> 
 
 def test_the_loss_scale_and_its_growth_are_carried_over() -> None:
     source = fresh_state(scaling=True)
-    assert source.numbers() == {"step": 0, "updates": 0, "scale": 2**16, "growth": 0}
+    assert source.numbers() == {
+        "step": 0,
+        "scaling": True,
+        "updates": 0,
+        "scale": 2**16,
+        "growth": 0,
+    }
     source.control[Control.SCALE] = 2.0**11
     advance(source, 3)
-    assert source.numbers() == {"step": 3, "updates": 3, "scale": 2**11, "growth": 3}
+    assert source.numbers() == {
+        "step": 3,
+        "scaling": True,
+        "updates": 3,
+        "scale": 2**11,
+        "growth": 3,
+    }
     assert copy(source).numbers() == source.numbers()
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_scale_is_not_carried_to_a_loss_of_another_kind(before: bool) -> None:
+    source, target = fresh_state(scaling=before), fresh_state(scaling=not before)
+    source.control[Control.SCALE] = 4.0
+    advance(source, 2)
+    expected = target.numbers()
+    target.load(source.optimizer_tensors(), source.numbers())
+    assert target.numbers() == expected | {"step": 2, "updates": 2}
+
+
+def test_what_another_version_kept_is_told_as_that() -> None:
+    source = fresh_state()
+    tensors = source.optimizer_tensors() | {"a/step": torch.zeros(())}
+    with pytest.raises(ModelError, match="'step', which this version does not know") as caught:
+        fresh_state().load(tensors, source.numbers())
+    assert "--restart" in str(caught.value.hint)
 
 
 def test_without_scaling_the_scale_stays_one() -> None:
     state = fresh_state()
     advance(state, 2)
-    assert state.numbers() == {"step": 2, "updates": 2, "scale": 1, "growth": 0}
+    assert state.numbers() == {"step": 2, "scaling": False, "updates": 2, "scale": 1, "growth": 0}
 
 
 def test_what_the_optimizer_keeps_is_named_after_the_parameters() -> None:
