@@ -64,12 +64,14 @@ def test_without_the_adapter_the_loss_is_that_of_the_base(
     measured = []
     right = validation.validate
 
-    def with_zero(objective: Objective, samples: Sequence[Sample]) -> ValidationLoss:
-        loss = right(objective, samples)
+    def with_zero(
+        objective: Objective, samples: Sequence[Sample], *, at_once: int
+    ) -> ValidationLoss:
+        loss = right(objective, samples, at_once=at_once)
         for name, parameter in objective.unet.named_parameters():
             if "lora_b" in name:
                 torch.nn.init.zeros_(parameter)
-        measured.append((loss, right(objective, samples)))
+        measured.append((loss, right(objective, samples, at_once=at_once)))
         return loss
 
     monkeypatch.setattr(validation, "validate", with_zero)
