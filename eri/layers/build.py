@@ -193,18 +193,22 @@ def _owner() -> int:
 @contextmanager
 def _turn(folder: Path, say: Say) -> Iterator[None]:
     """Hold the folder; while another process holds it, wait: it is building."""
-    told = False
     with ExitStack() as held:
-        while True:
-            try:
-                held.enter_context(lock(folder))
-                break
-            except OccupiedError:
-                if not told:
-                    say("waiting for another process that builds the CUDA kernels")
-                told = True
-                time.sleep(POLL_SECONDS)
+        _wait_for(folder, held, say)
         yield
+
+
+def _wait_for(folder: Path, held: ExitStack, say: Say) -> None:
+    told = False
+    while True:
+        try:
+            held.enter_context(lock(folder))
+            return
+        except OccupiedError:
+            if not told:
+                say("waiting for another process that builds the CUDA kernels")
+            told = True
+            time.sleep(POLL_SECONDS)
 
 
 def _build(final: Path, toolchain: Toolchain, capability: tuple[int, int], say: Say) -> None:
