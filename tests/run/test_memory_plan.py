@@ -240,8 +240,9 @@ def test_a_process_that_is_capped_knows_it() -> None:
 
 def test_the_speed_hangs_on_the_way() -> None:
     plan = planned(8)
-    assert plan.pace == f"{plan.micro} at once, {plan.recompute} recomputed"
-    assert replace(plan, micro=1).pace != plan.pace
+    assert plan.pace == f"{plan.micro} at once, lean blocks, {plan.recompute} recomputed"
+    for change in ({"micro": 1}, {"lean": False}, {"recompute": "nothing"}):
+        assert replace(plan, **change).pace != plan.pace
 
 
 def test_sizes_for_people() -> None:
