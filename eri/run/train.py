@@ -203,7 +203,7 @@ class _Run:
                 self.choice,
                 Subjects(unet, samples),
                 self.facts.noise,
-                at_once=self.plan.memory.micro,
+                at_once=self.plan.memory.without_gradients,
                 where=self.facts.path,
                 say=self.say,
             )
@@ -243,7 +243,7 @@ class _Run:
 
     def _validation(self, parts: Parts) -> Validation:
         images = self.images.validation.fingerprint
-        return Validation(self.folder, parts, images, at_once=self.plan.memory.micro)
+        return Validation(self.folder, parts, images, at_once=self.plan.memory.without_gradients)
 
     def _draw(self, parts: Parts, step: int, stop: Callable[[], bool]) -> None:
         with self.clock("previews"), parts.workspace():

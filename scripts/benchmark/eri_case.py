@@ -28,9 +28,15 @@ from eri.run.objective import Objective
 from eri.train import Graphs, Step, TrainState, Workspace
 from eri.train.step import Pending
 from scripts.benchmark.families import RANK, Family, materialize, random_down, random_up
-from scripts.benchmark.problem import Problem, batch_of, random_samples
+from scripts.benchmark.problem import (
+    LR,
+    MAX_GRAD_NORM,
+    WEIGHT_DECAY,
+    Problem,
+    batch_of,
+    random_samples,
+)
 
-LR, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 0.01, 1.0
 AHEAD = 2  # steps that the host may be ahead of the device, as in eri's training loop
 OPTIONS = {"lean": ("on", "off"), "graphs": ("on", "off"), "recompute": RECOMPUTE, "micro": None}
 

@@ -24,9 +24,18 @@ from torch.amp import GradScaler
 
 from eri.run.micro_batch import SampleBatch
 from scripts.benchmark.families import RANK, materialize, random_down, random_up
-from scripts.benchmark.problem import TIMESTEPS, Inputs, Problem, batch_of, drawn, random_samples
+from scripts.benchmark.problem import (
+    LR,
+    MAX_GRAD_NORM,
+    TIMESTEPS,
+    WEIGHT_DECAY,
+    Inputs,
+    Problem,
+    batch_of,
+    drawn,
+    random_samples,
+)
 
-LR, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 0.01, 1.0
 LINEARS = r".*\.attentions\..*(to_[qkv]|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out)"
 EAGER_STEPS = 3  # before a graph is captured
 SCRIPT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -171,6 +172,21 @@ def test_a_preview_is_decoded_whole_where_the_step_takes_as_much() -> None:
     assert planned().decodes_whole(4096, VAE)
 
 
+@cache
+def of_sdxl(recompute: Recompute) -> Footprint:
+    return footprint(
+        SDXL,
+        rank=16,
+        targets="attn+ff+proj",
+        dropout=0.0,
+        dtype=torch.bfloat16,
+        latents=(1, 128, 128),
+        states=77,
+        lean=True,
+        recompute=recompute,
+    )
+
+
 @pytest.mark.parametrize(
     ("free", "micro", "ways"),
     [
@@ -181,20 +197,7 @@ def test_a_preview_is_decoded_whole_where_the_step_takes_as_much() -> None:
     ],
 )
 def test_sdxl_on_real_cards(free: int, micro: set[int], ways: set[str]) -> None:
-    def measure(recompute: Recompute) -> Footprint:
-        return footprint(
-            SDXL,
-            rank=16,
-            targets="attn+ff+proj",
-            dropout=0.0,
-            dtype=torch.bfloat16,
-            latents=(1, 128, 128),
-            states=77,
-            lean=True,
-            recompute=recompute,
-        )
-
-    plan = planned(free, measure=measure)
+    plan = planned(free, measure=of_sdxl)
     assert plan.fits and plan.micro in micro and plan.recompute in ways
 
 
@@ -219,13 +222,20 @@ def test_what_others_hold_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     assert free_memory(device) == 20 * GIB
 
 
+def test_passes_without_gradients_run_no_more_at_once_than_steps_do() -> None:
+    plan = planned(8)
+    assert plan.without_gradients == plan.micro
+    assert replace(plan, micro=2, free=None).without_gradients == 8
+    assert replace(plan, micro=16, free=None).without_gradients == 16
+
+
 def test_nothing_is_known_of_a_cpu() -> None:
     assert free_memory(torch.device("cpu")) is None
 
 
 @pytest.mark.gpu
 def test_a_process_that_is_capped_knows_it() -> None:
-    device = torch.device("cuda")
+    device = torch.device("cuda", 0)
     everything = free_memory(device)
     torch.cuda.set_per_process_memory_fraction(0.05, device)
     try:
