@@ -26,6 +26,7 @@ from eri.models.unet import UNet, UNetSpec
 from eri.models.vae import VAE, load_vae
 from eri.printable import printable
 from eri.run import hub
+from eri.run.file_hashes import sha256_of
 
 __all__ = ["BaseFacts", "find_base", "look_at"]
 
@@ -83,9 +84,10 @@ class BaseFacts:
 
     @cached_property
     def weights(self) -> dict[str, str]:
-        """SHA-256 of each part's files; slow for large ones, so worked out when asked for."""
+        """SHA-256 of each part's files, worked out when asked for: it is slow for a new model."""
         files_of = self.parts.files
-        digests = {file: sha256(file) for file in {f for files in files_of.values() for f in files}}
+        every = {file for files in files_of.values() for file in files}
+        digests = {file: sha256_of(file) for file in every}
         return {part: "+".join(digests[f] for f in files) for part, files in files_of.items()}
 
     @cached_property
