@@ -27,7 +27,7 @@ from eri.formats.parts import Piece, TextPart
 from eri.formats.strict_json import read_object
 from eri.printable import first_few, printable
 
-__all__ = ["folder_parts", "hf_part", "openclip_part"]
+__all__ = ["PROJECTION", "folder_parts", "hf_part", "openclip_part", "text_shapes"]
 
 HEAD = 64  # width of a head in every CLIP text encoder
 VOCABULARY = 49408
@@ -149,6 +149,37 @@ def folder_parts(path: Path) -> tuple[TextPart, ...]:
     if not config.is_file() or read_object(config).get("model_type") != "clip_text_model":
         return ()
     return (_folder_part(path, path if _is_tokenizer(path) else None),)
+
+
+def text_shapes(config: Mapping[str, Any], *, projected: bool) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a text encoder, by its name.
+
+    transformers' own module would say so, too, but takes seconds to import.
+
+    Args:
+        config: of a `TextPart`.
+        projected: whether it has a projection.
+    """
+    width, between = config["hidden_size"], config["intermediate_size"]
+    weights: dict[str, tuple[int, ...]] = {
+        "layer_norm1": (width,),
+        **{f"self_attn.{which}_proj": (width, width) for which in ("q", "k", "v", "out")},
+        "layer_norm2": (width,),
+        "mlp.fc1": (between, width),
+        "mlp.fc2": (width, between),
+    }
+    layers = {
+        f"encoder.layers.{layer}.{name}": shape
+        for layer in range(config["num_hidden_layers"])
+        for name, shape in weights.items()
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        TOKENS: (config["vocab_size"], width),
+        POSITIONS: (config["max_position_embeddings"], width),
+    }
+    for name, shape in (layers | {"final_layer_norm": (width,)}).items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes | ({PROJECTION: (config["projection_dim"], width)} if projected else {})
 
 
 def _folder_part(folder: Path, tokenizer: Path | None) -> TextPart:

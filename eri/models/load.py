@@ -5,6 +5,7 @@ run. Every weight is used exactly once: a missing, an extra or a misshapen tenso
 any is read.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from eri.models.spec import build_spec
 from eri.models.unet import UNet
 from eri.printable import first_few, printable
 
-__all__ = ["fill", "load_unet", "require_fit"]
+__all__ = ["fill", "load_unet", "require_fit", "require_shapes"]
 
 
 def load_unet(
@@ -87,6 +88,16 @@ def require_fit(module: nn.Module, pieces: Pieces, where: Path) -> dict[str, tup
         ModelError: tensors are missing, left over or of another shape.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    require_shapes(expected, pieces, where)
+    return expected
+
+
+def require_shapes(expected: Mapping[str, tuple[int, ...]], pieces: Pieces, where: Path) -> None:
+    """Refuse tensors that do not have the names and shapes of a module's.
+
+    Raises:
+        ModelError: tensors are missing, left over or of another shape.
+    """
     problems = [
         *(f"missing: {name} {list(expected[name])}" for name in expected.keys() - pieces.keys()),
         *(
@@ -107,7 +118,6 @@ def require_fit(module: nn.Module, pieces: Pieces, where: Path) -> dict[str, tup
             hint="the file may be incomplete or belong to another model; download it again",
             problems=first_few(sorted(problems), str),
         )
-    return expected
 
 
 def _fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:

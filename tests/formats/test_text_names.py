@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from eri.errors import ModelError
 from eri.formats.header import TensorInfo
 from eri.formats.parts import TextPart
-from eri.formats.text_names import folder_parts, hf_part, openclip_part
+from eri.formats.text_names import folder_parts, hf_part, openclip_part, text_shapes
 from tests.compvis_names import open_clip
 from tests.tiny import on_meta
 
@@ -91,6 +91,14 @@ def test_openclip_big_g_keeps_everything() -> None:
     assert len(part.pieces) == 517
     own = {"num_hidden_layers": 32, "projection_dim": 1280, "hidden_act": "gelu"}
     assert part.config == BIG_G | SAME | own
+
+
+@pytest.mark.parametrize("projected", [True, False])
+def test_shapes_are_those_of_transformers(projected: bool) -> None:
+    config = CLIP_L | SAME | {"projection_dim": 512, "vocab_size": 59, "num_hidden_layers": 11}
+    sizes = {name: value for name, value in config.items() if name != "num_hidden_layers"}
+    expected = encoder(projected=projected, layers=11, **sizes)
+    assert text_shapes(config, projected=projected) == shapes_of(expected)
 
 
 def test_rows_and_the_transposed_projection() -> None:
