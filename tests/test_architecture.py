@@ -48,7 +48,12 @@ TORCH_FREE_FILES = {  # they tell what a model is before any weight is read
     "eri/formats/vae_names.py",
 }
 HEAVY = {"diffusers", "transformers", "huggingface_hub"}
-HEAVY_INSIDE_FUNCTIONS = {"eri/models/text.py", "eri/models/vae.py", "eri/diffusion/samplers.py"}
+HEAVY_INSIDE_FUNCTIONS = {
+    "eri/models/text.py",
+    "eri/models/vae.py",
+    "eri/models/words.py",
+    "eri/diffusion/samplers.py",
+}
 HUB_INSIDE_FUNCTIONS = {"eri/run/hub_client.py"}  # of huggingface_hub
 SLOW_TO_LOAD = {"eri.models", "eri.layers", "torch._dynamo", "rich.console"}
 SPEAKS_TO_PEOPLE = ("eri/cli", "eri/train/log.py")

@@ -24,6 +24,7 @@ from eri.models.spec import build_spec
 from eri.models.text import TextEncoder, load_text
 from eri.models.unet import UNet, UNetSpec
 from eri.models.vae import VAE, load_vae
+from eri.models.words import Words, load_words
 from eri.printable import printable
 from eri.run import hub
 from eri.run.file_hashes import sha256_of
@@ -105,9 +106,10 @@ class BaseFacts:
         }
 
     @cached_property
-    def words(self) -> TextEncoder:
-        """The text encoders without their weights: they can only count tokens."""
-        return self.load_text("meta")
+    def words(self) -> Words:
+        """How the text encoders read prompts; that their weights fit is checked, too."""
+        source = self.source
+        return load_words(self.text_path, clip_skip=source.clip_skip, joined=source.windows)
 
     @cached_property
     def lacks(self) -> tuple[tuple[str, str], ...]:

@@ -157,7 +157,7 @@ def texts_made_by(
         windows: in which the text is read.
         weighted: whether the weights in it count.
     """
-    states = facts.words.towers[0].states
+    states = facts.words.states
     weights = " ".join(facts.hashes[part] for part in sorted(facts.hashes) if part[:4] == "text")
     return (
         f"{weights} {dtype} on {device.type}, {windows} windows joined as {facts.source.windows}, "

@@ -1,7 +1,7 @@
 """How long captions are, and which of them the text encoder does not read to their end."""
 
 from eri.data import note
-from eri.models.text import TextEncoder
+from eri.models.words import Words
 from eri.printable import printable
 from eri.run.image_set import ImageSet
 from eri.run.samples import whole_texts
@@ -9,13 +9,13 @@ from eri.run.samples import whole_texts
 __all__ = ["length_notes", "windows_needed"]
 
 
-def windows_needed(images: ImageSet, words: TextEncoder) -> int:
+def windows_needed(images: ImageSet, words: Words) -> int:
     """The windows of a text encoder that hold the longest caption that any image can have."""
     texts = list(dict.fromkeys(text for _, text in whole_texts(images)))
     return words.windows_needed([text for text, _ in texts], [weighted for _, weighted in texts])
 
 
-def length_notes(images: ImageSet, words: TextEncoder) -> list[str]:
+def length_notes(images: ImageSet, words: Words) -> list[str]:
     """Why captions are read in several windows, and which are too long even so.
 
     Args:

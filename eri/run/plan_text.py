@@ -38,7 +38,7 @@ def model_lines(config: Config, facts: BaseFacts) -> list[str]:
     return [
         f"model    {facts.name}: {facts.spec.family}, {millions:.1f} M parameters, "
         f"{adapter.targets} at rank {adapter.rank}, alpha {adapter.alpha:g}",
-        *(f"{INDENT}{note}" for note in (*facts.notes, facts.words.clip_skip_note) if note),
+        *(f"{INDENT}{note}" for note in (*facts.notes, facts.words.states.note) if note),
         f"vae      {facts.vae_path.name}, SHA-256 {facts.weights['vae'][:16]}",
     ]
 

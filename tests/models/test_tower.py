@@ -1,11 +1,12 @@
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from eri.models.tower import States, TextTower
+from eri.models.tower import TextTower
 from eri.models.windows import Marks
+from eri.models.words import PromptReader, States
 
 END = 9
 
@@ -24,15 +25,10 @@ def tower(
     depth: int,
     normed: bool,
     projection: torch.nn.Linear | None = None,
-    tokenizer: object = None,
 ) -> TextTower:
-    return TextTower(
-        model,
-        projection,
-        tokenizer=tokenizer,
-        marks=Marks(8, END, 0),
-        states=States(depth, normed),
-    )
+    tokenizer: Any = None  # the windows are given
+    reader = PromptReader(tokenizer, Marks(8, END, 0), length=6, joined="ui")
+    return TextTower(model, projection, reader=reader, states=States(depth, normed))
 
 
 IDS = torch.tensor([[8, 1, 2, 9, 0, 0], [8, 11, 9, 3, 9, 0], [8, 9, 0, 0, 0, 0]])
@@ -60,28 +56,3 @@ def test_pooled_is_the_first_end_after_the_norm(model: CLIPTextModel) -> None:
     # in the second row a token's id is higher than that of the end, as embeddings' tokens have
     highest = last[torch.arange(3), IDS.argmax(dim=1)] @ projection.weight.T
     assert not torch.allclose(pooled[1], highest[1])
-
-
-def test_tokens_are_without_start_and_end(model: CLIPTextModel, sd15: Path) -> None:
-    tokenizer = CLIPTokenizer.from_pretrained(sd15 / "tokenizer")
-    read = tower(model, 1, True, tokenizer=tokenizer)
-    assert read.length == 6
-    assert read.tokens(["", "a red b"]) == [[], [26, 17, 4, 29, 27]]
-    assert len(read.tokens(["a " * 500])[0]) == 500
-
-
-def test_prompts_are_read_with_their_weights(model: CLIPTextModel, sd15: Path) -> None:
-    tokenizer = CLIPTokenizer.from_pretrained(sd15 / "tokenizer")
-    read = tower(model, 1, True, tokenizer=tokenizer)
-    prompts = ["a (red:1.5) b", "a red b", ""]
-    first, second, third = read.read(prompts, True, joined="ui")
-    assert first.tokens == second.tokens == [26, 17, 4, 29, 27]
-    assert first.weights == [1.0, 1.5, 1.5, 1.5, 1.0]
-    assert second.weights == [1.0] * 5
-    assert (first.shares, second.shares) == ([4, 1], [4, 1])
-    assert (third.tokens, third.weights, third.shares) == ([], [], [0])
-    literal, also = read.read(prompts[:2], [False, True], joined="ui")
-    assert len(literal.tokens) > 5
-    assert set(literal.weights) == {1.0}
-    assert also == second
-    assert read.read([], True, joined="ui") == []

@@ -211,13 +211,13 @@ def test_weighted_states_are_those_of_the_rule(folder: Path, text: TextEncoder) 
 
 def test_long_prompts_are_divided_as_by_the_rule(folder: Path, text: TextEncoder) -> None:
     expected, sizes = states_by_rule(folder, LONG)
-    assert text.windows_needed([LONG], weighted=True) == len(sizes) == 2
+    assert text.words.windows_needed([LONG], weighted=True) == len(sizes) == 2
     found = text.encode([LONG], windows=2, weighted=True)[0]
     assert difference(found, expected) < 1e-5
     # 71 tokens in the first window, as the five with a weight stay together
-    assert [prompt.shares for prompt in text.towers[0].read([LONG], True, joined="ui")] == [[71, 6]]
-    assert text.tokens_lost(LONG, windows=1, weighted=True) == 6
-    assert text.tokens_lost(LONG, windows=2, weighted=True) == 0
+    assert [prompt.shares for prompt in text.words.readers[0].read([LONG], True)] == [[71, 6]]
+    assert text.words.tokens_lost(LONG, windows=1, weighted=True) == 6
+    assert text.words.tokens_lost(LONG, windows=2, weighted=True) == 0
 
 
 def test_a_weight_of_one_changes_no_bit(text: TextEncoder) -> None:
@@ -243,10 +243,10 @@ def test_each_prompt_may_say_whether_it_has_weights(text: TextEncoder) -> None:
     assert difference(literal, weighted) > 1e-2
     found = text.encode([WEIGHTED, WEIGHTED], weighted=[False, True])[0]
     torch.testing.assert_close(found, torch.cat([literal, weighted]))
-    assert text.windows_needed(["(a) " * 40], weighted=False) == 2
-    assert text.windows_needed(["(a) " * 40], weighted=True) == 1
-    assert text.tokens_lost("(a) " * 40) == 45
-    assert text.tokens_lost("(a) " * 40, weighted=True) == 0
+    assert text.words.windows_needed(["(a) " * 40], weighted=False) == 2
+    assert text.words.windows_needed(["(a) " * 40], weighted=True) == 1
+    assert text.words.tokens_lost("(a) " * 40) == 45
+    assert text.words.tokens_lost("(a) " * 40, weighted=True) == 0
     with pytest.raises(ValueError, match="shorter"):
         text.encode([WEIGHTED, WEIGHTED], weighted=[True])
 
@@ -257,7 +257,7 @@ def test_weights_stand_where_their_tokens_are(sd15: Path, joined: Joined) -> Non
     text = load_text(sd15, joined=joined)
     before, inner = "a " * 80, "b " * 20
     prompt = f"{before}({inner}:0){before}"
-    windows = text.windows_needed([prompt], weighted=True)
+    windows = text.words.windows_needed([prompt], weighted=True)
     found = text.encode([prompt], windows, weighted=True)[0][0]
     plain = text.encode([before + inner + before], windows)[0][0]
     empty = text.encode([""], windows)[0][0]

@@ -1,9 +1,13 @@
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from eri.adapters import load_adapter
 from eri.config import Config, load_config
@@ -252,6 +256,33 @@ def test_a_dry_run_writes_nothing(config: Config, screen: Screen) -> None:
     assert not config.output.exists()
     assert "training 4 steps of up to 2 images" in screen.text
     assert "64x64            4" in screen.text and "64x128           1" in screen.text
+
+
+def test_a_run_is_planned_without_the_models_of_transformers(config: Config) -> None:
+    """They take seconds to import, and a run whose texts are cached needs none."""
+    path = str(config.output.parent / "config.yaml")
+    code = f"""if True:
+        import sys
+        from eri.cli import app
+        app(["train", {path!r}, "--dry-run"], standalone_mode=False)
+        print("transformers.tokenization_utils_base" in sys.modules)
+        print("transformers.modeling_utils" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-2:] == ["True", "False"]
+
+
+def test_a_dry_run_refuses_a_text_encoder_that_does_not_fit(
+    config: Config, change: Change, screen: Screen, tmp_path: Path
+) -> None:
+    model = shutil.copytree(config.model.path, tmp_path / "model")
+    file = model / "text_encoder" / "model.safetensors"
+    tensors = load_tensors(file)
+    name = next(name for name in tensors if name.endswith("final_layer_norm.bias"))
+    save_file(tensors | {name: torch.zeros(3)}, file)
+    with pytest.raises(ModelError, match="1 tensors do not fit"):
+        train(change(config, model={"path": str(model)}), screen.console, dry_run=True)
 
 
 def test_a_locked_run_is_left_alone(config: Config, screen: Screen) -> None:
