@@ -1,6 +1,5 @@
 """`eri train`: a config to a finished adapter, and on from wherever an earlier try got to."""
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,7 +8,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from eri.config import Config, dump_config, trajectory
+from eri.config import Config, dump_config
 from eri.diffusion import NoiseSchedule
 from eri.files import atomic_write, disk_errors, require_space
 from eri.formats.metadata import Folder, adapter_metadata, data_metadata
@@ -23,6 +22,7 @@ from eri.run.dataset import Images, look_at_images
 from eri.run.device import unusable_card
 from eri.run.encoding import Encoder
 from eri.run.folder import claim, own
+from eri.run.identity import identity_of, resolved
 from eri.run.loader import Loader, worker_count
 from eri.run.memory import memory_errors
 from eri.run.micro_batch import Sample
@@ -38,7 +38,6 @@ from eri.train import train as train_loop
 
 __all__ = ["train"]
 
-PATHS = ("path", "model.vae", "model.text")  # keys, by their ends
 BYTES_OF_A_STATE = 12  # of a trained number: itself and AdamW's two moments, in float32
 
 
@@ -106,7 +105,7 @@ class _Run:
         self.clock = clock
         self.layers = shapes_of(facts.spec)
         with clock("hashing the model"):
-            self.identity = _identity(config, facts, images, plan)
+            self.identity = identity_of(config, facts, images, plan)
 
     def say(self, text: str) -> None:
         """Print lines for people."""
@@ -194,7 +193,7 @@ class _Run:
     def _write_config(self) -> None:
         """Write the settings, and what was measured of the model once it is known."""
         with atomic_write(self.folder / CONFIG) as file:
-            file.write(dump_config(_resolved(self.config, self.plan, self.choice)).encode())
+            file.write(dump_config(resolved(self.config, self.plan, self.choice)).encode())
 
     def _settle(self, unet: UNet, samples: Sequence[Sample]) -> NoiseSchedule:
         """What the base model was trained for: remembered, or measured when the run begins."""
@@ -342,49 +341,3 @@ class _Run:
             self.say("hint: a larger train.steps trains on; --restart begins anew beside it")
         else:
             self.say("hint: --restart, with more train.epochs, begins anew beside it")
-
-
-def _resolved(config: Config, plan: RunPlan, choice: Choice) -> Config:
-    """The settings with every path and number worked out, so that they mean the same anywhere."""
-    model = choice.settings(config.model)
-    named = {name: getattr(model, name) for name in ("path", "vae", "text")}
-    model = model.model_copy(
-        update={
-            name: str(Path(path).absolute())
-            for name, path in named.items()
-            if path is not None and path != "demo" and Path(path).exists()  # else a hub id
-        }
-    )
-    data = tuple(
-        source.model_copy(
-            update={
-                "path": source.path.absolute(),
-                "validation": source.validation and source.validation.absolute(),
-            }
-        )
-        for source in config.data
-    )
-    train = config.train
-    if train.epochs is None:  # one of the two says how long
-        train = train.model_copy(update={"steps": plan.loop.steps})
-    output = config.output.absolute()
-    update = {"model": model, "data": data, "output": output, "train": train}
-    return config.model_copy(update=update)
-
-
-def _identity(config: Config, facts: BaseFacts, images: Images, plan: RunPlan) -> dict[str, object]:
-    """What made the numbers of a run: its settings, its model and its images."""
-    # where the model and the images lie does not matter: their content is in here
-    settings = {k: v for k, v in trajectory(config).items() if not k.endswith(PATHS)}
-    identity = (
-        settings
-        | plan.choice.identity
-        | {
-            "model": " ".join(f"{part} {digest}" for part, digest in facts.hashes.items()),
-            "images": images.train.fingerprint,
-            "train.precision": str(plan.dtype).removeprefix("torch."),
-        }
-    )
-    if config.train.schedule != "constant":
-        identity["train.steps"] = plan.loop.steps  # the rate of every step depends on the last
-    return json.loads(json.dumps(identity))
