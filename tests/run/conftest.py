@@ -100,6 +100,13 @@ def change() -> Callable[..., Config]:
     return changed
 
 
+@pytest.fixture
+def bare(config: Config, change: Callable[..., Config]) -> Config:
+    """The same without previews and held-out images, which are most of so short a run's time."""
+    data = tuple(source.model_copy(update={"validation": None}) for source in config.data)
+    return change(config, data=data, sample={"every": 0})
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, sd15: Path) -> Path:
     """The folder of a finished run; read only."""

@@ -82,14 +82,14 @@ def test_the_finished_adapter_is_whole_and_says_what_it_is(finished: Path, sd15:
 
 
 def test_what_it_was_trained_on_is_told_only_when_it_is_asked_for(
-    config: Config, screen: Screen, change: Change, finished: Path
+    bare: Config, screen: Screen, change: Change, finished: Path
 ) -> None:
     assert b"red disc" not in (finished / "disc.safetensors").read_bytes()
     assert str(finished.parent).encode() not in (finished / "disc.safetensors").read_bytes()
-    full = change(config, save={"metadata": "full"}, train={"steps": 1})
+    full = change(bare, save={"metadata": "full"}, train={"steps": 1})
     train(full, screen.console)
-    metadata = read_header(config.output / "disc.safetensors").metadata
-    folder = str(config.data[0].path)
+    metadata = read_header(bare.output / "disc.safetensors").metadata
+    folder = str(bare.data[0].path)
     assert json.loads(metadata["ss_tag_frequency"])[folder]["a red disc 3"] == 1
     assert json.loads(metadata["ss_dataset_dirs"])[folder]["img_count"] == 5
 
@@ -102,40 +102,40 @@ def test_the_log_has_a_line_for_each_step_with_what_was_seen(finished: Path) -> 
     assert {"loss", "lr", "images_per_second", "grad_norm"} <= lines[0].keys()
 
 
-def test_the_same_command_on_a_finished_run_trains_nothing(config: Config, screen: Screen) -> None:
-    train(config, screen.console)
-    before = digest(config.output)
-    times = {p: p.stat().st_mtime_ns for p in config.output.rglob("*") if p.name != "run.lock"}
-    train(config, screen.console)
+def test_the_same_command_on_a_finished_run_trains_nothing(bare: Config, screen: Screen) -> None:
+    train(bare, screen.console)
+    before = digest(bare.output)
+    times = {p: p.stat().st_mtime_ns for p in bare.output.rglob("*") if p.name != "run.lock"}
+    train(bare, screen.console)
     assert "this run is finished: 4 steps are done" in screen.text
-    assert digest(config.output) == before
+    assert digest(bare.output) == before
     assert {p: p.stat().st_mtime_ns for p in times} == times
 
 
 @pytest.mark.parametrize("cut", [1, 3])
 def test_a_stopped_run_goes_on_bit_by_bit(
-    config: Config, screen: Screen, change: Change, monkeypatch: pytest.MonkeyPatch, cut: int
+    bare: Config, screen: Screen, change: Change, monkeypatch: pytest.MonkeyPatch, cut: int
 ) -> None:
-    straight = change(config, output=config.output.with_name("straight"))
+    straight = change(bare, output=bare.output.with_name("straight"))
     train(straight, screen.console)
     with monkeypatch.context() as patch:
         stop_after(patch, cut)
         with pytest.raises(Stopped) as stopped:
-            train(config, screen.console)
+            train(bare, screen.console)
     assert stopped.value.exit_code == 143
-    assert steps_in_log(config.output) == list(range(1, cut + 1))
-    assert not (config.output / "disc.safetensors").exists()
-    train(config, screen.console)
+    assert steps_in_log(bare.output) == list(range(1, cut + 1))
+    assert not (bare.output / "disc.safetensors").exists()
+    train(bare, screen.console)
     assert f"going on from step {cut}" in screen.text
-    assert steps_in_log(config.output) == [1, 2, 3, 4]
-    assert digest(config.output) == digest(straight.output)
+    assert steps_in_log(bare.output) == [1, 2, 3, 4]
+    assert digest(bare.output) == digest(straight.output)
 
 
 @pytest.mark.parametrize("step", [0, 1, 4])
 def test_stopped_while_drawing_nothing_is_lost(
-    config: Config, screen: Screen, change: Change, monkeypatch: pytest.MonkeyPatch, step: int
+    bare: Config, screen: Screen, change: Change, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    config = change(config, sample={"every": 1}, save={"every": 100})
+    config = change(bare, sample={"every": 1}, save={"every": 100})
     with monkeypatch.context() as patch:
         stop_in_previews(patch, step)
         with pytest.raises(Stopped):
@@ -149,118 +149,118 @@ def test_stopped_while_drawing_nothing_is_lost(
 
 
 def test_an_adapter_of_fewer_steps_is_not_taken_for_the_finished_one(
-    config: Config, screen: Screen, change: Change, monkeypatch: pytest.MonkeyPatch
+    bare: Config, screen: Screen, change: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(config, screen.console)
-    longer = change(config, train={"steps": 6})
+    train(bare, screen.console)
+    longer = change(bare, train={"steps": 6}, sample={"every": 6})
     with monkeypatch.context() as patch:
         stop_in_previews(patch, 6)
         with pytest.raises(Stopped):
             train(longer, screen.console)
     train(longer, screen.console)
-    assert read_header(config.output / "disc.safetensors").metadata["ss_steps"] == "6"
+    assert read_header(bare.output / "disc.safetensors").metadata["ss_steps"] == "6"
 
 
-def test_without_previews_nothing_is_drawn(config: Config, screen: Screen, change: Change) -> None:
-    train(change(config, sample={"every": 0}, train={"steps": 1}), screen.console)
-    assert not (config.output / "samples").exists()
-    assert (config.output / "disc.safetensors").is_file()
+def test_without_previews_nothing_is_drawn(bare: Config, screen: Screen, change: Change) -> None:
+    train(change(bare, train={"steps": 1}), screen.console)
+    assert not (bare.output / "samples").exists()
+    assert (bare.output / "disc.safetensors").is_file()
 
 
 def test_the_config_in_the_run_means_the_same_anywhere(
-    config: Config, screen: Screen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bare: Config, screen: Screen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(config.output.parent)
-    relative = config.model_copy(update={"output": Path("disc")})
+    monkeypatch.chdir(bare.output.parent)
+    relative = bare.model_copy(update={"output": Path("disc")})
     train(relative, screen.console)
     monkeypatch.chdir("/")
-    again = load_config(config.output / "config.yaml")
-    assert again.output == config.output
+    again = load_config(bare.output / "config.yaml")
+    assert again.output == bare.output
     train(again, screen.console)
     assert "this run is finished" in screen.text
 
 
-def test_without_a_sound_checkpoint_nothing_is_overwritten(config: Config, screen: Screen) -> None:
-    train(config, screen.console)
-    for checkpoint in config.output.glob("checkpoint-*"):
+def test_without_a_sound_checkpoint_nothing_is_overwritten(bare: Config, screen: Screen) -> None:
+    train(bare, screen.console)
+    for checkpoint in bare.output.glob("checkpoint-*"):
         (checkpoint / "state.json").write_text("{}")
-    before = (config.output / "log.jsonl").read_text()
+    before = (bare.output / "log.jsonl").read_text()
     with pytest.raises(ModelError, match="none of the 2 checkpoints is sound"):
-        train(config, screen.console)
-    assert (config.output / "log.jsonl").read_text() == before
+        train(bare, screen.console)
+    assert (bare.output / "log.jsonl").read_text() == before
 
 
 def test_another_seed_does_not_lead_to_the_same_adapter(
-    config: Config, screen: Screen, change: Change, finished: Path
+    bare: Config, screen: Screen, change: Change, finished: Path
 ) -> None:
-    other = change(config, train={"seed": 1})
+    other = change(bare, train={"seed": 1})
     train(other, screen.console)
     assert digest(other.output) != digest(finished)
 
 
-def test_more_steps_train_on(config: Config, screen: Screen, change: Change) -> None:
-    train(config, screen.console)
-    train(change(config, train={"steps": 5}), screen.console)
+def test_more_steps_train_on(bare: Config, screen: Screen, change: Change) -> None:
+    train(bare, screen.console)
+    train(change(bare, train={"steps": 5}), screen.console)
     assert "going on from step 4" in screen.text
-    assert steps_in_log(config.output) == [1, 2, 3, 4, 5]
+    assert steps_in_log(bare.output) == [1, 2, 3, 4, 5]
 
 
 def test_a_changed_setting_is_refused_unless_it_is_allowed(
-    config: Config, screen: Screen, change: Change
+    bare: Config, screen: Screen, change: Change
 ) -> None:
-    train(config, screen.console)
-    changed = change(config, train={"lr": 2e-3, "steps": 6})
+    train(bare, screen.console)
+    changed = change(bare, train={"lr": 2e-3, "steps": 6})
     with pytest.raises(ConfigError, match="what made this run has changed") as refused:
         train(changed, screen.console)
     assert refused.value.problems == ("train.lr: 0.001 before, 0.002 now",)
     with pytest.raises(ConfigError, match="no such setting"):
         train(changed, screen.console, allow_change=frozenset({"train.rate"}))
     train(changed, screen.console, allow_change=frozenset({"train.lr"}))
-    assert steps_in_log(config.output)[-1] == 6
+    assert steps_in_log(bare.output)[-1] == 6
 
 
-def test_a_changed_caption_is_a_changed_setting(config: Config, screen: Screen) -> None:
-    train(config, screen.console)
-    (config.data[0].path / "0.txt").write_text("something else")
+def test_a_changed_caption_is_a_changed_setting(bare: Config, screen: Screen) -> None:
+    train(bare, screen.console)
+    (bare.data[0].path / "0.txt").write_text("something else")
     with pytest.raises(ConfigError) as refused:
-        train(config, screen.console)
+        train(bare, screen.console)
     assert refused.value.problems == ("images: the images or their captions",)
 
 
-def test_restart_begins_anew_beside_the_old_run(config: Config, screen: Screen) -> None:
-    train(config, screen.console)
-    before = digest(config.output)
-    train(config, screen.console, restart=True)
-    beside = config.output.with_name("disc-2")
+def test_restart_begins_anew_beside_the_old_run(bare: Config, screen: Screen) -> None:
+    train(bare, screen.console)
+    before = digest(bare.output)
+    train(bare, screen.console, restart=True)
+    beside = bare.output.with_name("disc-2")
     assert (beside / "disc-2.safetensors").is_file()
-    assert digest(config.output) == before
+    assert digest(bare.output) == before
 
 
 def test_a_damaged_checkpoint_is_passed_over_aloud(
-    config: Config, screen: Screen, change: Change
+    bare: Config, screen: Screen, change: Change
 ) -> None:
-    train(config, screen.console)
-    damaged = config.output / "checkpoint-000004" / "optimizer.safetensors"
+    train(bare, screen.console)
+    damaged = bare.output / "checkpoint-000004" / "optimizer.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    train(change(config, train={"steps": 5}), screen.console)
+    train(change(bare, train={"steps": 5}), screen.console)
     assert "warning: checkpoint-000004 is not used" in screen.text
     assert "going on from step 2" in screen.text
-    assert steps_in_log(config.output) == [1, 2, 3, 4, 5]
-    assert len(list(config.output.glob("damaged-checkpoint-000004-*"))) == 1
+    assert steps_in_log(bare.output) == [1, 2, 3, 4, 5]
+    assert len(list(bare.output.glob("damaged-checkpoint-000004-*"))) == 1
 
 
-def test_a_dry_run_writes_nothing(config: Config, screen: Screen) -> None:
-    train(config, screen.console, dry_run=True)
-    assert not config.output.exists()
+def test_a_dry_run_writes_nothing(bare: Config, screen: Screen) -> None:
+    train(bare, screen.console, dry_run=True)
+    assert not bare.output.exists()
     assert "training 4 steps of up to 2 images" in screen.text
     assert "64x64            4" in screen.text and "64x128           1" in screen.text
 
 
-def test_a_run_is_planned_without_the_models_of_transformers(config: Config) -> None:
+def test_a_run_is_planned_without_the_models_of_transformers(bare: Config) -> None:
     """They take seconds to import, and a run whose texts are cached needs none."""
-    path = str(config.output.parent / "config.yaml")
+    path = str(bare.output.parent / "config.yaml")
     code = f"""if True:
         import sys
         from eri.cli import app
@@ -274,44 +274,44 @@ def test_a_run_is_planned_without_the_models_of_transformers(config: Config) -> 
 
 
 def test_a_dry_run_refuses_a_text_encoder_that_does_not_fit(
-    config: Config, change: Change, screen: Screen, tmp_path: Path
+    bare: Config, change: Change, screen: Screen, tmp_path: Path
 ) -> None:
-    model = shutil.copytree(config.model.path, tmp_path / "model")
+    model = shutil.copytree(bare.model.path, tmp_path / "model")
     file = model / "text_encoder" / "model.safetensors"
     tensors = load_tensors(file)
     name = next(name for name in tensors if name.endswith("final_layer_norm.bias"))
     save_file(tensors | {name: torch.zeros(3)}, file)
     with pytest.raises(ModelError, match="1 tensors do not fit"):
-        train(change(config, model={"path": str(model)}), screen.console, dry_run=True)
+        train(change(bare, model={"path": str(model)}), screen.console, dry_run=True)
 
 
-def test_a_locked_run_is_left_alone(config: Config, screen: Screen) -> None:
-    config.output.mkdir()
-    with lock(config.output), pytest.raises(OccupiedError):
-        train(config, screen.console)
+def test_a_locked_run_is_left_alone(bare: Config, screen: Screen) -> None:
+    bare.output.mkdir()
+    with lock(bare.output), pytest.raises(OccupiedError):
+        train(bare, screen.console)
 
 
 def test_nothing_is_loaded_before_images_and_model_are_known_to_be_there(
-    config: Config, screen: Screen, change: Change, monkeypatch: pytest.MonkeyPatch
+    bare: Config, screen: Screen, change: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were loaded")
 
     for part in ("load_unet", "load_vae", "load_text"):
         monkeypatch.setattr(BaseFacts, part, load)
-    (config.data[0].path / "0.txt").unlink()
-    (config.data[0].path / "1.png").write_bytes(b"<html>")
-    with pytest.raises(DataError, match="2 of 7") as refused:
-        train(config, screen.console)
+    (bare.data[0].path / "0.txt").unlink()
+    (bare.data[0].path / "1.png").write_bytes(b"<html>")
+    with pytest.raises(DataError, match="2 of 5") as refused:
+        train(bare, screen.console)
     faults = [line for line in refused.value.problems if not line.startswith("note:")]
     assert len(faults) == 2
-    missing = config.model.model_copy(update={"path": "not/there/at/all"})
+    missing = bare.model.model_copy(update={"path": "not/there/at/all"})
     with pytest.raises(ModelError, match="no such model"):  # before the images
-        train(change(config, model=missing), screen.console)
+        train(change(bare, model=missing), screen.console)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing_of_it(
-    config: Config, screen: Screen, monkeypatch: pytest.MonkeyPatch
+    bare: Config, screen: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from eri.run.objective import Objective
 
@@ -323,8 +323,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing_of_it(
 
     monkeypatch.setattr(Objective, "draw", wrong)
     with pytest.raises(NonFiniteError, match="step 4") as stopped:
-        train(config, screen.console)
+        train(bare, screen.console)
     assert stopped.value.problems[0].endswith(".png")  # the images of the step
-    assert steps_in_log(config.output) == [1, 2, 3]
-    assert [path.name for path in config.output.glob("checkpoint-*")] == ["checkpoint-000002"]
-    assert not (config.output / "disc.safetensors").exists()
+    assert steps_in_log(bare.output) == [1, 2, 3]
+    assert [path.name for path in bare.output.glob("checkpoint-*")] == ["checkpoint-000002"]
+    assert not (bare.output / "disc.safetensors").exists()

@@ -49,82 +49,82 @@ def measure(
     return asked
 
 
-def test_what_the_files_say_is_told_in_the_plan(config: Config, screen: Screen) -> None:
-    train(config, screen.console, dry_run=True)
+def test_what_the_files_say_is_told_in_the_plan(bare: Config, screen: Screen) -> None:
+    train(bare, screen.console, dry_run=True)
     assert "prediction epsilon: its scheduler_config.json" in screen.text
 
 
 def test_a_dry_run_says_that_it_will_be_measured_and_does_not(
-    config: Config, screen: Screen, monkeypatch: pytest.MonkeyPatch
+    bare: Config, screen: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = measure(monkeypatch, "v_prediction")
-    train(config, screen.console, dry_run=True)
+    train(bare, screen.console, dry_run=True)
     assert "prediction not told by the files; measured before step 1" in screen.text
     assert asked == []
 
 
 def test_what_was_measured_is_trained_written_down_and_remembered(
-    config: Config, screen: Screen, change: Change, monkeypatch: pytest.MonkeyPatch
+    bare: Config, screen: Screen, change: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     v = {"prediction": "v", "zero_terminal_snr": True}
-    by_key = change(config, output=config.output.with_name("key"), model=v)
+    by_key = change(bare, output=bare.output.with_name("key"), model=v)
     train(by_key, screen.console)
     with monkeypatch.context() as patch:
         asked = measure(patch, "v_prediction", zero_snr=True)
         stop_after(patch, 2)
         with pytest.raises(Stopped):
-            train(config, screen.console)
+            train(bare, screen.console)
         assert asked == ["target", "schedule"]
     assert "prediction v with zero-terminal SNR: measured, target as measured" in screen.text
-    assert load_config(config.output / "config.yaml").model == change(config, model=v).model
+    assert load_config(bare.output / "config.yaml").model == change(bare, model=v).model
     with monkeypatch.context() as patch:  # a net that now seems to predict something else
         asked = measure(patch, "epsilon")
-        train(config, screen.console)
+        train(bare, screen.console)
         assert asked == []
         assert "going on from step 2" in screen.text
-    assert digest(config.output) == digest(by_key.output)
-    metadata = read_header(config.output / "disc.safetensors").metadata
+    assert digest(bare.output) == digest(by_key.output)
+    metadata = read_header(bare.output / "disc.safetensors").metadata
     assert metadata["modelspec.prediction_type"] == "v"
     assert metadata["ss_zero_terminal_snr"] == "True"
 
 
 def test_what_a_net_predicts_makes_a_difference(
-    config: Config, screen: Screen, change: Change, finished: Path
+    bare: Config, screen: Screen, change: Change, finished: Path
 ) -> None:
-    train(change(config, model={"prediction": "v"}), screen.console)
-    assert digest(config.output) != digest(finished)
+    train(change(bare, model={"prediction": "v"}), screen.console)
+    assert digest(bare.output) != digest(finished)
     assert "prediction v: model.prediction" in screen.text
 
 
 def test_a_model_that_is_not_what_its_files_say_is_refused(
-    config: Config, screen: Screen, monkeypatch: pytest.MonkeyPatch
+    bare: Config, screen: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure(monkeypatch, "v_prediction", told=True)
     with pytest.raises(ModelError, match=r"scheduler_config\.json says .* epsilon") as refused:
-        train(config, screen.console)
+        train(bare, screen.console)
     assert refused.value.exit_code == 4
     assert "model.prediction: v" in (refused.value.hint or "")
-    assert not list(config.output.glob("checkpoint-*"))
+    assert not list(bare.output.glob("checkpoint-*"))
 
 
 def test_a_key_that_seems_wrong_is_followed_with_a_warning(
-    config: Config, screen: Screen, change: Change, monkeypatch: pytest.MonkeyPatch
+    bare: Config, screen: Screen, change: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure(monkeypatch, "v_prediction", told=True)
-    by_key = change(config, model={"prediction": "epsilon"}, train={"steps": 1})
+    by_key = change(bare, model={"prediction": "epsilon"}, train={"steps": 1})
     train(by_key, screen.console)
     assert "warning: model.prediction says that the model predicts epsilon" in screen.text
-    metadata = read_header(config.output / "disc.safetensors").metadata
+    metadata = read_header(bare.output / "disc.safetensors").metadata
     assert metadata["modelspec.prediction_type"] == "epsilon"
 
 
 def test_another_prediction_is_a_changed_setting_and_the_same_one_is_not(
-    config: Config, screen: Screen, change: Change
+    bare: Config, screen: Screen, change: Change
 ) -> None:
-    train(change(config, train={"steps": 1}), screen.console)
-    train(change(config, model={"prediction": "epsilon"}, train={"steps": 2}), screen.console)
+    train(change(bare, train={"steps": 1}), screen.console)
+    train(change(bare, model={"prediction": "epsilon"}, train={"steps": 2}), screen.console)
     assert "going on from step 1" in screen.text
-    other = change(config, model={"prediction": "v"}, train={"steps": 3})
+    other = change(bare, model={"prediction": "v"}, train={"steps": 3})
     with pytest.raises(ConfigError) as refused:
         train(other, screen.console)
     assert refused.value.problems == ("model.prediction: 'epsilon' before, 'v' now",)
@@ -133,28 +133,28 @@ def test_another_prediction_is_a_changed_setting_and_the_same_one_is_not(
 
 
 def test_where_parts_lie_does_not_matter_but_what_they_hold_does(
-    config: Config, screen: Screen, change: Change, tmp_path: Path, sd15: Path
+    bare: Config, screen: Screen, change: Change, tmp_path: Path, sd15: Path
 ) -> None:
     parts = {"vae": str(sd15), "text": str(sd15)}
-    train(change(config, model=parts, train={"steps": 1}), screen.console)
+    train(change(bare, model=parts, train={"steps": 1}), screen.console)
     elsewhere = shutil.copytree(sd15, tmp_path / "elsewhere")
     moved = {"vae": str(elsewhere), "text": str(elsewhere)}
-    train(change(config, model=moved, train={"steps": 2}), screen.console)
+    train(change(bare, model=moved, train={"steps": 2}), screen.console)
     assert "going on from step 1" in screen.text
-    saved = load_config(config.output / "config.yaml").model
+    saved = load_config(bare.output / "config.yaml").model
     assert (saved.vae, saved.text) == (str(elsewhere), str(elsewhere))
     weights = elsewhere / "vae" / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(ConfigError) as refused:
-        train(change(config, model=moved, train={"steps": 3}), screen.console)
+        train(change(bare, model=moved, train={"steps": 3}), screen.console)
     assert refused.value.problems == ("model: the weights of the base model",)
 
 
 def test_epsilon_with_zero_terminal_snr_is_refused(
-    config: Config, screen: Screen, change: Change
+    bare: Config, screen: Screen, change: Change
 ) -> None:
-    both = change(config, model={"prediction": "epsilon", "zero_terminal_snr": True})
+    both = change(bare, model={"prediction": "epsilon", "zero_terminal_snr": True})
     with pytest.raises(ConfigError, match=r"cannot have zero-terminal SNR"):
         train(both, screen.console, dry_run=True)
