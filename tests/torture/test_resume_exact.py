@@ -3,6 +3,7 @@
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -24,12 +25,10 @@ def kill_until_done(
     draw = random.Random(seed)
     seen, reached = Seen(), []
     while len(reached) < kills:
-        # most of the way is left for the kills to come
-        target = seen.step + draw.randint(
-            1, max((STEPS - seen.step) // (kills - len(reached) + 1), 1)
-        )
+        share = (STEPS - seen.step) // (kills - len(reached) + 1)  # the rest is for later kills
+        target = seen.step + draw.randint(1, max(share, 1))
         session: Session = begin(len(reached))
-        grew = session.wait_for(lambda: max(logged_steps(workload.run), default=0) >= target)
+        grew = session.wait_for(lambda least=target: last_step(workload.run) >= least)
         assert grew, f"the session ended by itself:\n{session.out}{session.err}"
         time.sleep(draw.uniform(0, 0.2))
         session.kill()
