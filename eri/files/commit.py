@@ -23,6 +23,7 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "commit_folder",
+    "remove_folder",
     "sha256",
     "sweep_staging",
     "verify_folder",
@@ -103,6 +104,18 @@ def verify_folder(folder: Path) -> Manifest:
     return manifest
 
 
+def remove_folder(folder: Path) -> None:
+    """Deletes a committed folder, which under its name is whole or not there at any moment.
+
+    A crash leaves it under a staging name, for `sweep_staging`.
+    """
+    with disk_errors(folder):
+        going = folder.with_name(f"{STAGING_PREFIX}{folder.name}-{secrets.token_hex(4)}")
+        folder.rename(going)
+        sync_folder(folder.parent)  # the disk must not lose files before it loses the name
+        shutil.rmtree(going)
+
+
 def sweep_staging(folder: Path) -> None:
     """Removes what a crash left half-written directly in `folder`; the caller holds its lock."""
     with disk_errors(folder):
@@ -113,9 +126,10 @@ def sweep_staging(folder: Path) -> None:
                 entry.unlink()
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hex."""
+def sha256(path: Path, *, start: int = 0) -> str:
+    """The SHA-256 of a file's bytes from `start` on, in hex."""
     with disk_errors(path), path.open("rb") as file:
+        file.seek(start)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

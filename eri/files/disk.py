@@ -23,6 +23,8 @@ DISK_PROBLEMS = {
     errno.EISDIR: ("this is a folder, not a file", "choose another path"),
     errno.ENAMETOOLONG: ("the name is too long", "choose a shorter name"),
     errno.ELOOP: ("the links of the path lead in a circle", "choose another path"),
+    errno.EXDEV: ("the folder lies on two disks", "choose a folder on one disk"),
+    errno.ESTALE: ("the network drive has lost the file", "connect the drive again"),
     errno.EIO: ("the disk reported a read or write error", "check the disk"),
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eri.errors import ModelError
-from eri.files import commit_folder
+from eri.files import commit_folder, sha256
 from eri.formats import kohya, peft
 from eri.formats.header import Header, read_header
 from eri.formats.lora_pair import KeyTable, LoRAPair, Part
@@ -55,6 +55,8 @@ DTYPES: dict[Part, tuple[str, ...]] = {
     "up": FLOATS,
     "alpha": (*FLOATS, "I64", "I32"),
 }
+SHA256, KOHYA_SHA256 = "modelspec.hash_sha256", "sshs_model_hash"  # of the data, in metadata
+WRITER = "modelspec.implementation_version"
 SHOWN = 5  # problems listed in a message
 
 FOREIGN_PARTS = (  # in a key that no module has, what it tells
@@ -89,6 +91,7 @@ def read_adapter(path: Path, modules: Shapes) -> AdapterFile:
     Raises:
         ModelError: the file is missing, damaged, no adapter, or does not fit the model whole: a
             key without a module, half a pair, a wrong shape or type, a number that is not finite.
+            Damaged is also a file of eri's whose data is not what its own header says.
         DiskError: it may not be read.
     """
     file = path / PEFT_WEIGHTS if path.is_dir() else path
@@ -96,6 +99,7 @@ def read_adapter(path: Path, modules: Shapes) -> AdapterFile:
     dialect = _dialect(file, header)
     found = _assign(file, header, KEYS[dialect](list(modules)))
     _require_fit(file, header, found, modules)
+    _require_written_bytes(file, header)
     config = _config(file, header, dialect)
     tensors = load_tensors(file)
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
@@ -159,7 +163,7 @@ def write_adapter(
         path: of a file, replaced when it exists; for PEFT of a folder that does not exist yet.
         dialect: whose names are written.
         dtype: of the matrices.
-        metadata: text for the header; kohya's files also get the hashes of their data.
+        metadata: text for the header, which also gets the SHA-256 of the data.
         modules: our names of every linear layer and convolution of the net, for kohya's own names
             of SDXL; None where they are not known: then the file has diffusers' names, with
             underscores, which every reader takes as well.
@@ -177,20 +181,21 @@ def write_adapter(
         tensors = cast(kohya.weights(pairs, names), dtype)
         tensors |= cast(kohya.alphas(pairs, names), torch.float32)
         digest = data_sha256(tensors)
-        hashes = {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
-        save_tensors(tensors, path, {**metadata, **hashes})
+        save_tensors(tensors, path, {**metadata, KOHYA_SHA256: digest, SHA256: f"0x{digest}"})
     elif dialect == "diffusers":
         tensors = cast(peft.weights(pairs, peft.DIFFUSERS_PREFIX), dtype)
         fields = {peft.DIFFUSERS_PREFIX + key: v for key, v in peft.config(pairs).items()}
         text = json.dumps(fields, indent=2, sort_keys=True)
-        save_tensors(tensors, path, {**metadata, "format": "pt", DIFFUSERS_CONFIG: text})
+        hashed = {**metadata, SHA256: f"0x{data_sha256(tensors)}", "format": "pt"}
+        save_tensors(tensors, path, hashed | {DIFFUSERS_CONFIG: text})
     else:
         tensors = cast(peft.weights(pairs, peft.PEFT_PREFIX), dtype)
         fields = {"peft_type": "LORA", "task_type": None, "inference_mode": True}
         text = json.dumps(fields | peft.config(pairs), indent=2, sort_keys=True)
         with commit_folder(path, identity={"kind": "adapter", "dialect": dialect}) as folder:
             (folder / PEFT_CONFIG).write_text(text, encoding="utf-8")
-            save_tensors(tensors, folder / PEFT_WEIGHTS, {**metadata, "format": "pt"})
+            hashed = {**metadata, SHA256: f"0x{data_sha256(tensors)}", "format": "pt"}
+            save_tensors(tensors, folder / PEFT_WEIGHTS, hashed)
 
 
 def underflow(pairs: Mapping[str, LoRAPair], dtype: torch.dtype) -> float:
@@ -274,6 +279,22 @@ def _require_fit(file: Path, header: Header, found: Found, modules: Shapes) -> N
     if problems:
         hint = "was it made for another family of models?"
         raise _refused(file, "tensors that do not fit this model", problems, hint)
+
+
+def _require_written_bytes(file: Path, header: Header) -> None:
+    """What eri wrote says what its data is; other programs may keep the text of other numbers.
+
+    kohya's scripts write their own hash when they change such a file, and leave the other.
+    """
+    metadata = header.metadata
+    recorded = metadata.get(KOHYA_SHA256) or metadata.get(SHA256, "").removeprefix("0x")
+    ours = metadata.get(WRITER, "").startswith("eri/")
+    if ours and recorded and sha256(file, start=header.data_start) != recorded:
+        raise ModelError(
+            "the data is not what was written: its SHA-256 is not the one in its header",
+            where=printable(file),
+            hint="it is damaged: copy it again, or export it again from its run",
+        )
 
 
 def _misfits(header: Header, parts: Mapping[Part, str], module: tuple[int, ...]) -> list[str]:

@@ -26,6 +26,7 @@ __all__ = [
     "CONFIG",
     "find_adapter",
     "finished_adapter",
+    "holds",
     "is_finished",
     "layers_in",
     "shapes_of",
@@ -80,12 +81,38 @@ def is_finished(run: Path, checkpoint: checkpoints.Checkpoint | None, steps: int
     """
     if checkpoint is None or checkpoint.step < steps:
         return False
+    layers = layers_in(checkpoint.adapter)
+    pairs = read_adapter(checkpoint.adapter, layers).pairs
+    metadata = {"ss_steps": str(checkpoint.step)}
+    return holds(finished_adapter(run), pairs, metadata, dtype=torch.float16, layers=layers)
+
+
+def holds(
+    path: Path,
+    pairs: Mapping[str, LoRAPair],
+    metadata: Mapping[str, str],
+    *,
+    dtype: torch.dtype,
+    layers: Shapes,
+) -> bool:
+    """Whether a sound adapter file of these very numbers, and with this text, is there.
+
+    Args:
+        path: of the file.
+        pairs: by our module names.
+        metadata: which its header has, among other text.
+        dtype: in which the numbers are compared.
+        layers: all of the net's.
+    """
     try:
-        path = finished_adapter(run)
-        metadata = read_adapter(path, layers_in(path)).metadata
+        found = read_adapter(path, layers)
     except EriError:
         return False
-    return metadata.get("ss_steps") == str(checkpoint.step)
+    return (
+        found.metadata.items() >= metadata.items()
+        and found.pairs.keys() == pairs.keys()
+        and all(_same(pair, found.pairs[name], dtype) for name, pair in pairs.items())
+    )
 
 
 def find_adapter(source: Path) -> Path:

@@ -1,15 +1,21 @@
 """What makes the numbers of a run, and its settings with nothing left to be worked out."""
 
 import json
+import platform
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
+from eri import __version__
 from eri.config import Config, trajectory
 from eri.run.base import BaseFacts
 from eri.run.dataset import Images
 from eri.run.plan import RunPlan
 from eri.run.prediction import Choice
+from eri.run.rates import device_name
 
-__all__ = ["identity_of", "resolved"]
+__all__ = ["identity_of", "made_with", "resolved"]
 
 PATHS = ("path", "model.vae", "model.text")  # keys, by their ends
 
@@ -32,6 +38,18 @@ def identity_of(
     if config.train.schedule != "constant":
         identity["train.steps"] = plan.loop.steps  # the rate of every step depends on the last
     return json.loads(json.dumps(identity))
+
+
+def made_with(device: torch.device) -> dict[str, object]:
+    """What the numbers of a run are computed with; where it changes, their last bits may."""
+    return {
+        "eri": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "safetensors": version("safetensors"),
+        "threads": torch.get_num_threads(),
+        "device": device_name(device),
+    }
 
 
 def resolved(config: Config, plan: RunPlan, choice: Choice) -> Config:

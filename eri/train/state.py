@@ -1,5 +1,6 @@
 """Everything that a run has to remember between two steps, in one object."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -30,6 +31,7 @@ class TrainState:
 
     def __init__(self, flat: Flat, *, scaling: bool = False) -> None:
         self.step = 0  # done, those included whose update an overflow took
+        self.whole = True  # False where an update ended early; that is not to be saved
         self.flat = flat
         self.scaling = scaling
         # the numbers that steps read and write on the device; see `eri.layers.adamw`
@@ -77,7 +79,12 @@ class TrainState:
             number = numbers.get(name)
             if not isinstance(number, int | float):
                 raise ModelError(f"the state lacks its {name}", hint=OTHER_VERSION)
+            if not math.isfinite(number):
+                raise ModelError(f"the state's {name} is {number}")
             self.control[place] = number
         for name, tensor in tensors.items():
+            if tensor.shape != mine[name].shape or not tensor.isfinite().all():
+                what = "the optimizer state of {!r} has another shape, or a number not finite"
+                raise ModelError(what.format(name))
             mine[name].copy_(tensor)
         self.step = step

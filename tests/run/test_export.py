@@ -5,6 +5,7 @@ import torch
 
 from eri.adapters import attach, load_adapter
 from eri.errors import ModelError, NonFiniteError, OccupiedError
+from eri.files import sha256
 from eri.formats.adapter_file import Dialect, LoRAPair, write_adapter
 from eri.formats.header import read_header
 from eri.formats.unet_config import unet_config
@@ -59,9 +60,12 @@ def test_once_around_all_dialects_changes_nothing(
 def test_a_hash_of_other_numbers_stays_behind(finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "a.safetensors"
     export(finished, output, dialect="diffusers", precision="bf16", overwrite=False)
-    assert "modelspec.hash_sha256" in read_header(finished / "disc.safetensors").metadata
-    metadata = read_header(output).metadata
-    assert "modelspec.hash_sha256" not in metadata
+    before = read_header(finished / "disc.safetensors").metadata["modelspec.hash_sha256"]
+    header = read_header(output)
+    metadata = header.metadata
+    assert metadata["modelspec.hash_sha256"] == f"0x{sha256(output, start=header.data_start)}"
+    assert metadata["modelspec.hash_sha256"] != before
+    assert "sshs_model_hash" not in metadata
     assert metadata["modelspec.title"] == "disc"
 
 

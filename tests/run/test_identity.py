@@ -1,12 +1,14 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from eri.config import Config
 from eri.run.base import look_at
 from eri.run.dataset import look_at_images
-from eri.run.identity import identity_of, resolved
+from eri.run.identity import identity_of, made_with, resolved
 from eri.run.plan import plan_run
 from eri.run.prediction import choose
 from tests.run.conftest import Screen
@@ -37,6 +39,14 @@ def test_where_things_lie_makes_no_number_and_what_they_are_does(
     (moved / "0.txt").write_text("another caption")
     assert settled(elsewhere)[0]["images"] != before["images"]
     assert settled(change(elsewhere, train={"seed": 7}))[0]["train.seed"] == 7
+
+
+def test_what_computes_is_told_with_its_versions() -> None:
+    found = made_with(torch.device("cpu"))
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found.keys() == {"eri", "python", "torch", "safetensors", "threads", "device"}
+    assert json.loads(json.dumps(found)) == found
 
 
 def test_the_last_step_makes_numbers_where_the_rate_hangs_on_it(
