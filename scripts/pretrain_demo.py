@@ -266,7 +266,8 @@ def unet(archive: Path, work: Path, steps: int = 10000, batch: int = 512) -> Non
     device = compute_device()
     names, pictures = load_pictures(archive, device)
     autoencoder = new_vae().to(device)
-    autoencoder.load_state_dict(torch.load(work / "vae.pt", map_location=device))
+    weights = torch.load(work / "vae.pt", map_location=device, weights_only=True)
+    autoencoder.load_state_dict(weights)
     mean, std = encode(autoencoder, on_white(pictures))
     folder = work / "model"
     corpus = names + [word for word in (*STYLES, *EVERYDAY) for _ in range(8)]

@@ -2,7 +2,7 @@
 
 import logging
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from eri.config.problems import schema_problems
 from eri.config.schema import Config
 from eri.config.strict_yaml import Document, KeyPath, Problem, parse
 from eri.errors import ConfigError
-from eri.printable import printable
+from eri.printable import first_few, printable
 
 __all__ = ["load_config", "make_config"]
 
 MAX_BYTES = 1_000_000
+PROBLEMS_SHOWN = 100
 PROMPT_SETTINGS = (("sample", "prompts"), ("sample", "negative"))
 EXAMPLE_HINT = "the smallest config has two lines: `model: demo` and `data: photos/`"
 
@@ -215,7 +216,7 @@ def _warn_of_comments(document: Document) -> None:
 
 def _refusal(name: str, document: Document, problems: dict[KeyPath, Problem]) -> ConfigError:
     order = {where: number for number, where in enumerate(document.places.values())}
-    found: Iterable[Problem] = sorted(problems.values(), key=lambda p: order.get(p.where, -1))
+    found: Sequence[Problem] = sorted(problems.values(), key=lambda p: order.get(p.where, -1))
     first, *others = found
     if not others:
         return ConfigError(first.what, where=first.where, hint=first.hint)
@@ -223,5 +224,5 @@ def _refusal(name: str, document: Document, problems: dict[KeyPath, Problem]) ->
         f"{len(problems)} settings cannot be used",
         where=name,
         hint="change the lines named here",
-        problems=[f"{problem.where}: {problem.what}" for problem in found],
+        problems=first_few(found, lambda p: f"{p.where}: {p.what}", shown=PROBLEMS_SHOWN),
     )

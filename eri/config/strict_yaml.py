@@ -23,6 +23,8 @@ KeyPath = tuple[str | int, ...]
 """Where a value stands: keys of mappings and indices of lists, from the top."""
 
 MAX_DEPTH = 32
+TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
+MAX_VALUES = 10_000  # of the whole document: mappings, lists and scalars
 MAX_NUMBER_LENGTH = 64  # characters; Python takes quadratic time for longer ones, or refuses them
 
 WORDS = {
@@ -107,11 +109,25 @@ def parse(text: str, where: Callable[[int, int], str]) -> Document:
         where: makes the words for a place from its line and column, both counted from 1.
 
     Raises:
-        ConfigError: the text is not YAML, holds a second document, or is nested too deep.
+        ConfigError: the text is not YAML, holds a second document, is nested too deep, or has too
+            many values.
     """
     composer = _Composer(text, where)
     composer.compose()
     return composer.document
+
+
+class _TooDeepError(ScannerError):
+    """Brackets in brackets in brackets."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Stops at brackets nested too deep: PyYAML looks 1024 of them ahead, in quadratic time."""
+
+    def fetch_flow_collection_start(self, TokenClass: type[yaml.Token]) -> None:
+        if self.flow_level > MAX_DEPTH:
+            raise _TooDeepError(problem=TOO_DEEP, problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
 
 
 class _Composer:
@@ -120,8 +136,9 @@ class _Composer:
     def __init__(self, text: str, where: Callable[[int, int], str]) -> None:
         self.text = text
         self.where = where
-        self.events = yaml.parse(text, Loader=yaml.SafeLoader)
+        self.events = yaml.parse(text, Loader=_Loader)
         self.document = Document()
+        self.values = 0
 
     def compose(self) -> None:
         self.document.places[()] = self.where(1, 1)
@@ -137,9 +154,11 @@ class _Composer:
 
     def value(self, path: KeyPath, event: yaml.Event) -> object:
         self.refuse_indirection(path, event)
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise ConfigError(f"more than {MAX_VALUES:,} values", where=self.at(event))
         if len(path) > MAX_DEPTH:
-            what = f"nested deeper than {MAX_DEPTH} levels"
-            raise ConfigError(what, where=self.at(event))
+            raise ConfigError(TOO_DEEP, where=self.at(event))
         if isinstance(event, yaml.MappingStartEvent):
             return self.mapping(path)
         if isinstance(event, yaml.SequenceStartEvent):
@@ -224,7 +243,9 @@ class _Composer:
         stopped_at = self.text[mark.index : mark.index + 1]
         said = " ".join(part for part in (error.context, error.problem) if part)
         what, hint = f"this is not YAML: {printable(said)}", None
-        if isinstance(error, ScannerError) and stopped_at in REASONS:
+        if isinstance(error, _TooDeepError):
+            what = TOO_DEEP
+        elif isinstance(error, ScannerError) and stopped_at in REASONS:
             what, hint = REASONS[stopped_at]
         elif error.context_mark is not None and "flow" in said:
             what = (

@@ -9,7 +9,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from eri.errors import ModelError
 from eri.files import disk_errors
@@ -20,6 +20,7 @@ __all__ = ["DTYPE_BITS", "Header", "TensorInfo", "read_header"]
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 200_000
+MAX_BRACKETS = {b"{": 250_000, b"[": 450_000}  # each tensor has one and two; the rest is for texts
 MAX_DIMENSIONS = 8
 MAX_NAME_BYTES = 512
 MAX_NUMBER = 2**63 - 1
@@ -52,16 +53,34 @@ DTYPE_BITS = {
 
 AGAIN = "download it again"
 NO_PICKLE = "files of torch.save (.ckpt, .pt, .bin) can run code: use the .safetensors version"
+NO_PROGRAM = "it is a program, which can run code: use the weights, a .safetensors file"
 FOREIGN = (  # first bytes, what such a file is, one thing to do
     (b"version https://git-lfs", "a git-lfs pointer", "fetch the file itself: `git lfs pull`"),
     (b"<", "a web page", "the server answered with a page, perhaps to log in: download it again"),
     (b"{", "a JSON text", "the server may have answered with an error: download it again"),
-    (b"PK\x03\x04", "a zip archive, perhaps of torch.save", NO_PICKLE),
     (b"\x80", "a pickle", NO_PICKLE),
     (b"\x1f\x8b", "a gzip archive", "unpack it"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
+    (b"\xfd7zXZ", "an xz archive", "unpack it"),
+    (b"BZh", "a bzip2 archive", "unpack it"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive", "unpack it"),
+    (b"Rar!", "a RAR archive", "unpack it"),
     (b"GGUF", "a GGUF file", "use the .safetensors version"),
+    (b"\x89HDF", "an HDF5 file", "use the .safetensors version"),
+    (b"\x93NUMPY", "an array of numpy", "use the .safetensors version"),
+    (b"\x89PNG", "an image", "name the model's file"),
+    (b"\xff\xd8\xff", "an image", "name the model's file"),
 )
+ZIP = b"PK\x03\x04"
+IN_ZIP = (  # part of a name in a zip archive, what the archive is then, one thing to do
+    (b"/constants.pkl", "a program of TorchScript", NO_PROGRAM),
+    (b"/archive_format", "a program of torch.export (.pt2)", NO_PROGRAM),
+    (b"serialized_exported_program", "a program of torch.export (.pt2)", NO_PROGRAM),
+    (b"data.pkl", "a zip archive of torch.save", NO_PICKLE),
+    (b"", "a zip archive", "unpack it"),
+)
+NAMES_OF_ZIP = 2**20  # bytes of a file's end; they name the members of most archives
+TAR_AT, TAR = 257, b"ustar"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +116,17 @@ def read_header(path: Path) -> Header:
         what = "this is not a regular file" if path.exists() else "no such file"
         raise ModelError(what, where=printable(path))
     with disk_errors(path), path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        start = file.read(512)
-        length = int.from_bytes(start[:8], "little")
-        if start[8:9] != b"{" or length >= 2**48:  # no text reads as a smaller number
-            raise _foreign(path, start)
-        file.seek(8)
-        text = file.read(min(length, MAX_HEADER_BYTES))
+        return _read(file, os.fstat(file.fileno()).st_size, path)
+
+
+def _read(file: BinaryIO, size: int, path: Path) -> Header:
+    start = file.read(512)
+    length = int.from_bytes(start[:8], "little")
+    if start[8:9] != b"{" or length >= 2**48:  # no text reads as a smaller number
+        file.seek(max(0, size - NAMES_OF_ZIP))
+        raise _foreign(path, start, file.read(min(size, NAMES_OF_ZIP)))
+    file.seek(8)
+    text = file.read(min(length, size, MAX_HEADER_BYTES))  # a read makes room before it reads
     try:
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"its header has {length:,} bytes, allowed are {MAX_HEADER_BYTES:,}")
@@ -118,19 +141,26 @@ def read_header(path: Path) -> Header:
         ) from error
 
 
-def _foreign(path: Path, start: bytes) -> ModelError:
-    """What a file is that does not begin like a safetensors file."""
+def _foreign(path: Path, start: bytes, end: bytes) -> ModelError:
+    """What a file is that does not begin like a safetensors file; nothing of it is unpacked."""
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-    for magic, found, hint in FOREIGN:
-        if text.startswith(magic):
-            what = f"this is {found}, not a safetensors file"
-            return ModelError(what, where=printable(path), hint=hint)
+    known = [(found, hint) for magic, found, hint in FOREIGN if text.startswith(magic)]
+    if start.startswith(ZIP):
+        known = [(found, hint) for name, found, hint in IN_ZIP if name in start or name in end]
+    elif start.startswith(TAR, TAR_AT):
+        known = [("a tar archive, perhaps of an old torch.save", NO_PICKLE)]
+    if known:
+        what = f"this is {known[0][0]}, not a safetensors file"
+        return ModelError(what, where=printable(path), hint=known[0][1])
     what = "this is not a safetensors file" if start else "the file is empty"
     return ModelError(what, where=printable(path), hint=AGAIN)
 
 
 def _parse(text: bytes, *, data_bytes: int) -> Header:
     """Raises ValueError with what is wrong; names in it are not yet printable."""
+    for bracket, most in MAX_BRACKETS.items():
+        if (count := text.count(bracket)) > most:
+            raise ValueError(f"it has {count:,} of {bracket.decode()}, allowed are {most:,}")
     entries = parse_object(text)
     metadata = _metadata(entries.pop("__metadata__", None))
     if len(entries) > MAX_TENSORS:
@@ -172,4 +202,6 @@ def _tensor(name: str, entry: Any) -> TensorInfo:
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (end - begin):
         raise ValueError(f"{name} {shape} takes {bits // 8:,} bytes, not {end - begin:,}")
+    if math.prod(side or 1 for side in shape) * DTYPE_BITS[dtype] > MAX_NUMBER:
+        raise ValueError(f"{name} {shape} is empty, and yet its other sides are too large")
     return TensorInfo(dtype=dtype, shape=tuple(shape), begin=begin, end=end)

@@ -1,4 +1,8 @@
-"""JSON that comes from elsewhere: no duplicate keys, no NaN, no surprise in size or depth."""
+"""JSON that comes from elsewhere: no duplicate keys, no NaN, no surprise in size or depth.
+
+Where Python's parser lets something pass that the library of safetensors refuses, the library is
+followed: half of a surrogate pair is no text, and -0 is no whole number.
+"""
 
 import json
 from collections.abc import Sequence
@@ -18,12 +22,20 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     """The JSON object that `text` holds.
 
     Raises:
-        ValueError: it is not JSON or no object, has a key twice, a NaN, or nests too deep.
+        ValueError: it is not JSON or no object, has a key twice, a NaN, half of a surrogate pair,
+            or nests too deep.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+        value = json.loads(
+            text,
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_no_constants,
+            parse_int=_whole if "-0" in text else None,
+        )
+        if "\\ud" in text or "\\uD" in text:
+            _no_surrogates(value)
     except RecursionError:
         raise ValueError("it nests too deep") from None
     if not isinstance(value, dict):
@@ -69,3 +81,15 @@ def _no_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constants(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _no_surrogates(value: object) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"{half} is half of a character") from None
+
+
+def _whole(digits: str) -> int | float:
+    return -0.0 if digits == "-0" else int(digits)

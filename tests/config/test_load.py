@@ -225,6 +225,13 @@ def test_all_problems_are_listed_at_once_in_the_order_of_the_file(folder: Path) 
     assert error.problems[4].startswith("--set sample.steps: sample.steps is 0")
 
 
+def test_a_thousand_problems_are_not_all_listed(folder: Path) -> None:
+    error = refused("model: demo\ndata: photos\n" + "".join(f"k{n}: 1\n" for n in range(1000)))
+    assert error.what == "1000 settings cannot be used"
+    assert len(error.problems) == 101
+    assert error.problems[-1] == "and 900 more"
+
+
 @pytest.mark.usefixtures("folder")
 class TestOverrides:
     def test_values_are_yaml(self) -> None:

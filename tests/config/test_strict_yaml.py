@@ -1,4 +1,5 @@
 import math
+import time
 
 import pytest
 
@@ -139,9 +140,10 @@ def test_of_two_equal_keys_the_rest_is_still_read() -> None:
         ("a: 1\n...\nb: 2\n", "3:1", "document"),
         ("a: x\n b: \0\n", "2:5", "character '\\x00'"),
         ("a: \x1b[2J\n", "1:4", "character '\\x1b'"),
-        ("a: " + "[" * 40, "1:36", "deeper than 32"),
+        ("a: " + "[" * 40, "1:37", "deeper than 32"),
         ("[" * 100_000, "1:34", "deeper than 32"),
         ("{a: " * 100_000, "1:133", "deeper than 32"),
+        ("a: [" + "1, " * 20_000 + "]", "1:29999", "more than 10,000 values"),
         ("%YAML 3.0\n---\na: 1\n", "1:1", "not YAML"),
     ],
 )
@@ -151,6 +153,16 @@ def test_what_is_not_yaml_is_refused_with_its_place(text: str, where: str, words
     assert caught.value.where == where
     assert words in caught.value.what
     assert caught.value.what.isprintable()
+
+
+@pytest.mark.parametrize(
+    "nested", ["[" * 1000, "a: " + "[" * 600 + "\n", "{a: " * 250, "- " * 9000]
+)
+def test_nesting_without_reason_is_refused_at_once(nested: str) -> None:
+    begun = time.thread_time()
+    with pytest.raises(ConfigError, match="deeper than 32"):
+        read(nested)
+    assert time.thread_time() - begun < 0.05
 
 
 def test_nesting_within_reason_is_read() -> None:

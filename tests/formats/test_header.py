@@ -3,8 +3,12 @@
 import gzip
 import io
 import json
+import lzma
 import pickle
 import random
+import tarfile
+import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -65,9 +69,30 @@ def test_reads_what_is_legal(tmp_path: Path, entries: dict[str, Any], data: byte
     assert set(read_header(path).tensors) == set(entries) - {"__metadata__"}
 
 
-ZIP = io.BytesIO()
-with zipfile.ZipFile(ZIP, "w") as archive:
-    archive.writestr("archive/data.pkl", b"")
+def zipped(*names: str) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name in names:
+            archive.writestr(name, bytes(1000))
+    return stream.getvalue()
+
+
+def tarred(kind: int) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=kind) as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
+    return stream.getvalue()
+
+
+SCRIPTED = ("m/data/0", "m/data.pkl", "m/code/__torch__/m.py", "m/constants.pkl", "m/version")
+EXPORTED = ("m/data/weights/weight_0", "m/models/model.json", "m/archive_format", "m/version")
+OLD_EXPORT = ("serialized_exported_program.json", "serialized_state_dict.json", "version")
+
+
+def saved() -> bytes:
+    stream = io.BytesIO()
+    torch.save({"a": torch.ones(1)}, stream)
+    return stream.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -80,7 +105,16 @@ with zipfile.ZipFile(ZIP, "w") as archive:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a git-lfs pointer"),
         (b'{"error": "not found"}', "a JSON text"),
         (gzip.compress(b"x"), "a gzip archive"),
-        (ZIP.getvalue(), "a zip archive"),
+        (gzip.compress(b"x").replace(b"\x1f\x8b", b"BZh"), "a bzip2 archive"),
+        (lzma.compress(b"x"), "an xz archive"),
+        (zipped("a.txt"), "a zip archive, not"),
+        (saved(), "a zip archive of torch.save, not"),
+        (zipped("archive/data.pkl", *(f"archive/data/{n}" for n in range(900))), "of torch.save"),
+        (zipped(*SCRIPTED), "a program of TorchScript"),
+        (zipped(*EXPORTED), "a program of torch.export"),
+        (zipped(*OLD_EXPORT), "a program of torch.export"),
+        (tarred(tarfile.GNU_FORMAT), "a tar archive"),
+        (tarred(tarfile.PAX_FORMAT), "a tar archive"),
         (pickle.dumps({}, protocol=2), "a pickle"),
         (b"7z\xbc\xaf\x27\x1c" + bytes(60), "a 7z archive"),
         (b"GGUF" + bytes(60), "a GGUF file"),
@@ -117,6 +151,8 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
         ({"a": entry(2, begin=2, end=0)}, b"12", "not -2"),
         ({"a": entry(2**40, 2**40, end=2)}, b"12", "bytes, not 2"),
         ({"a": entry(2**70, 0, end=0)}, b"", "no whole number"),
+        ({"a": entry(2**62, 2, 0, end=0)}, b"", "is empty, and yet its other sides"),
+        ({"a": entry(2**63, end=2**63)}, b"", "no whole number"),
         ({"a": entry(1) | {"shape": [True]}}, b"1", "no whole number"),
         ({"a": entry(1) | {"shape": [1.0]}}, b"1", "no whole number"),
         ({"a": entry(1) | {"shape": [-1]}}, b"1", "no whole number"),
@@ -143,6 +179,45 @@ def test_names_given_twice_are_refused_where_the_library_takes_the_last(tmp_path
         read_header(path)
     with safetensors.safe_open(path, framework="pt") as file:
         assert list(file.keys()) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"__metadata__":{"a":"b","a":"c"}}', "'a' stands there twice"),
+        ('{"__metadata__":{},"__metadata__":{}}', "'__metadata__' stands there twice"),
+        ('{"a":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}', "no whole number"),
+        ('{"\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}', "half of a character"),
+        ('{"a":' + "[" * 100_000, "nests too deep"),
+        ('{"a":[' + "[]," * 450_000 + "0]}", r"450,001 of \[, allowed are 450,000"),
+    ],
+)
+def test_what_json_lets_pass_is_refused(tmp_path: Path, text: str, problem: str) -> None:
+    with pytest.raises(ModelError, match=problem):
+        read_header(write(tmp_path / "a", None, text=text))
+
+
+def test_a_million_tensors_are_refused_before_they_are_parsed(tmp_path: Path) -> None:
+    text = "{" + ",".join(f'"{number}":{{}}' for number in range(1_000_000)) + "}"
+    path = write(tmp_path / "a", None, text=text)
+    tracemalloc.start()
+    begun = time.process_time()
+    with pytest.raises(ModelError, match=r"1,000,001 of \{, allowed are 250,000"):
+        read_header(path)
+    assert time.process_time() - begun < 0.5
+    assert tracemalloc.get_traced_memory()[1] < 2 * len(text) + 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("length", [2**24 + 1, 2**47, 2**48, 2**63 - 1, 2**63, 2**64 - 1])
+def test_a_length_beyond_the_file_allocates_nothing(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(length.to_bytes(8, "little") + b'{"a":1}')
+    tracemalloc.start()
+    with pytest.raises(ModelError):
+        read_header(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 def test_a_space_before_the_header_is_refused(tmp_path: Path) -> None:
