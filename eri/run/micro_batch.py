@@ -50,6 +50,15 @@ class SampleBatch:
         """The file of each sample."""
         return [sample.file for sample in self.samples]
 
+    def parts(self, size: int) -> list[Self]:
+        """The same in batches of at most so many samples."""
+        return [
+            replace(
+                self, samples=self.samples[at : at + size], numbers=self.numbers[at : at + size]
+            )
+            for at in range(0, len(self), size)
+        ]
+
     def __len__(self) -> int:
         return len(self.samples)
 

@@ -1,6 +1,6 @@
 """What a run minimises: the denoising loss of its images, with every draw keyed by the sample."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,6 +129,11 @@ class Objective:
             weights=None if weights is None else weights.to(unet.device),
         )
 
+    def told(self, batch: SampleBatch) -> Callable[[], list[str]]:
+        """What tells of each sample of a batch; it keeps none of their tensors."""
+        pairs = list(zip(batch.files, batch.numbers, strict=True))
+        return lambda: [f"{file}, timestep {self._timestep(number)}" for file, number in pairs]
+
     def _timestep(self, number: int) -> Tensor:
         draws = generator(self.seed, "timestep", sample=number)
         return torch.randint(self.schedule.timesteps, (), generator=draws)
@@ -160,9 +165,11 @@ def validate(
     was_training = unet.training
     unet.eval()
     parts = timesteps.split(at_once)
-    found = [[_held_out(objective, sample, part) for part in parts] for sample in samples]
+    try:
+        found = [[_held_out(objective, sample, part) for part in parts] for sample in samples]
+    finally:
+        unet.train(was_training)
     losses = torch.stack([torch.cat(of_a_sample) for of_a_sample in found]).mean(0)
-    unet.train(was_training)
     thirds = [losses[timesteps * 3 // total == third].mean().item() for third in range(3)]
     return ValidationLoss(losses.mean().item(), (thirds[0], thirds[1], thirds[2]))
 

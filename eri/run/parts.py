@@ -126,6 +126,7 @@ def build(
             weight_decay=config.train.weight_decay,
             max_grad_norm=config.train.max_grad_norm,
             graphs=workspace and Graphs(workspace, MOST if memory.uses_graphs else 0),
+            told=objective.told,
         ),
         workspace=workspace or nullcontext,
         samples=encoded.samples,

@@ -57,16 +57,20 @@ class Painter:
         noise = normal((unet.spec.in_channels, side, side), self.seed, "preview", samples=[number])
         was_training = unet.training
         unet.eval()
-        latent = sample(
-            lambda x, t: self._guided(x, t, both),
-            noise.to(unet.device),
-            self.schedule,
-            sampler=self.sampler,
-            steps=self.steps,
-        )
-        unet.train(was_training)
-        pixels = (self.vae.to(unet.device).decode(latent, self.tiled)[0].float() + 1) * 127.5
-        self.vae.to("cpu")
+        try:
+            latent = sample(
+                lambda x, t: self._guided(x, t, both),
+                noise.to(unet.device),
+                self.schedule,
+                sampler=self.sampler,
+                steps=self.steps,
+            )
+        finally:  # training goes on where a preview ran out of memory
+            unet.train(was_training)
+        try:
+            pixels = (self.vae.to(unet.device).decode(latent, self.tiled)[0].float() + 1) * 127.5
+        finally:
+            self.vae.to("cpu")
         levels = pixels.round().clamp(0, 255).to(torch.uint8)
         return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
@@ -100,11 +104,13 @@ class Previews:
         """
         self.adapter.set_strength(0.0 if step == 0 else 1.0)
         pictures = []
-        for number in range(len(self.prompts)):
-            if stop():
-                break
-            pictures.append(self._picture(step, number))
-        self.adapter.set_strength(1.0)
+        try:
+            for number in range(len(self.prompts)):
+                if stop():
+                    break
+                pictures.append(self._picture(step, number))
+        finally:
+            self.adapter.set_strength(1.0)
         return pictures
 
     def sheet(

@@ -1,7 +1,7 @@
 """The loss on held-out images, before and after, and what became of it."""
 
 import json
-from dataclasses import asdict
+import math
 from pathlib import Path
 
 from eri.files import atomic_write
@@ -36,8 +36,10 @@ class Validation:
         if recorded is not None:
             return recorded
         self.parts.adapter.set_strength(0)
-        loss = validate(self.parts.objective, self.parts.validation, at_once=self.at_once)
-        self.parts.adapter.set_strength(1)
+        try:
+            loss = validate(self.parts.objective, self.parts.validation, at_once=self.at_once)
+        finally:
+            self.parts.adapter.set_strength(1)
         self._record(before=loss)
         return loss
 
@@ -67,9 +69,15 @@ class Validation:
             return None
 
     def _record(self, **losses: ValidationLoss) -> None:
-        record = {"images": self.images} | {when: asdict(loss) for when, loss in losses.items()}
+        record = {"images": self.images} | {when: _plain(loss) for when, loss in losses.items()}
         with atomic_write(self.path) as file:
-            file.write(json.dumps(record, indent=1).encode())
+            file.write(json.dumps(record, indent=1, allow_nan=False).encode())
+
+
+def _plain(loss: ValidationLoss) -> dict[str, object]:
+    """A loss as JSON can hold it: null where it is not finite."""
+    mean, *thirds = (n if math.isfinite(n) else None for n in (loss.mean, *loss.thirds))
+    return {"mean": mean, "thirds": thirds}
 
 
 def _change(before: float, after: float) -> str:

@@ -41,6 +41,11 @@ class Workspace:
         self.device = self.stream.device  # with its number
         self.pool = torch.cuda.MemPool()
 
+    def renew(self) -> None:
+        """Give all memory back that nothing is in; what comes next begins with none."""
+        if self.pool.use_count() == 1:  # else a recording that failed holds it until the end
+            self.pool = torch.cuda.MemPool()
+
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Work within takes its memory from here; it may not keep any of it."""
@@ -119,8 +124,18 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
+    def clear(self) -> None:
+        """Forget every recording and give the memory back; waits for the device."""
+        torch.cuda.synchronize(self.workspace.device)
+        self._drop()
+        self._met.clear()
+        self.workspace.renew()
+
     def __del__(self) -> None:
         """Give the memory back before the workspace goes, in whichever order they are collected."""
+        self._drop()
+
+    def _drop(self) -> None:
         while self._graphs:
             self._graphs.popitem()[1].graph.reset()
 

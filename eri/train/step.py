@@ -6,7 +6,8 @@ host prepares the next step while the device works on this one, and a step can b
 CUDA graph.
 """
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +24,8 @@ __all__ = ["Loss", "MicroBatch", "Pending", "Step", "StepNumbers"]
 GROWTH_INTERVAL = 2000  # steps without an overflow after which fp16's loss scale is doubled
 
 Inputs = Mapping[str, Tensor]
+Told = Callable[[], Sequence[str]]
+"""Tells of each sample of a micro-batch; called only where a step has failed."""
 
 
 class MicroBatch(Protocol):
@@ -65,6 +68,8 @@ class Pending:
 
     step: int  # counted from 1
     files: Sequence[str]
+    lr: float
+    told: Told  # of each sample
     _numbers: Tensor  # of the control block, on the host once the event has come
     _event: torch.cuda.Event | None
 
@@ -84,11 +89,10 @@ class Pending:
         loss, norm = self._numbers[Control.LOSS].item(), self._numbers[Control.GRAD_NORM].item()
         if self._numbers[Control.BAD] != 0:
             raise NonFiniteError(
-                f"the loss is {loss:g} and the gradient's norm {norm:g}",
+                f"the loss is {loss:g} and the gradient's norm {norm:g}, at a rate of {self.lr:g}",
                 where=f"step {self.step}",
-                hint="try a smaller train.lr, and look at these images; "
-                "what was saved before is untouched",
-                problems=self.files,
+                hint="try a smaller train.lr, and look at these images",
+                problems=self.told(),
             )
         return StepNumbers(loss, norm, len(self.files))
 
@@ -102,6 +106,7 @@ class Step:
         weight_decay: of AdamW, times the learning rate.
         max_grad_norm: clip the gradient's global norm to this; None: do not.
         graphs: bring inputs to a GPU and run there what is done with them; None on the CPU.
+        told: of a micro-batch, what tells of its samples without holding them; None: their files.
     """
 
     def __init__(
@@ -112,18 +117,27 @@ class Step:
         weight_decay: float,
         max_grad_norm: float | None,
         graphs: Graphs | None = None,
+        told: Callable[[Any], Told] | None = None,
     ) -> None:
         self.state = state
         self.loss = loss
+        self.told = told or _told_files
         self.weight_decay = weight_decay
         self.max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
         self.graphs = graphs
         self._workspace = adamw_workspace(state.control.device)
 
     def __call__(self, batches: Sequence[MicroBatch], lr: float) -> Pending:
-        """Begin one update from some micro-batches."""
+        """Begin one update from some micro-batches.
+
+        An error leaves the state as it was, but for gradients that `make_room` forgets; unless it
+        comes within the update itself: then the state is not `whole`.
+        """
         state = self.state
         samples = sum(len(batch) for batch in batches)
+        files = [file for batch in batches for file in batch.files]
+        tellers = [self.told(batch) for batch in batches]
+        numbers = torch.empty(state.control.shape, pin_memory=state.control.is_cuda)
         self._tell(lr, 1 / samples, state.step + 1)
         for place, batch in enumerate(batches, start=1):
             inputs = self.loss.draw(batch)
@@ -132,9 +146,23 @@ class Step:
                 run(inputs)
             else:
                 self.graphs(run, inputs)
-        numbers, event = self._asked()
-        files = [file for batch in batches for file in batch.files]
-        return Pending(state.step + 1, files, numbers, event)
+        event = self._ask(numbers)  # after an update nothing may fail
+        return Pending(
+            state.step + 1,
+            files,
+            lr,
+            lambda: [line for teller in tellers for line in teller()],
+            numbers,
+            event,
+        )
+
+    def make_room(self) -> None:
+        """Give back all memory that is held for later steps; they begin anew."""
+        self.state.flat.grad.zero_()
+        gc.collect()  # what an error held
+        if self.graphs is not None:
+            self.graphs.clear()
+            torch.cuda.empty_cache()
 
     def _run(self, inputs: Inputs) -> None:
         """Forward and backward; on the device alone."""
@@ -148,6 +176,7 @@ class Step:
         """The same, and the update from all gradients since the last one."""
         self._run(inputs)
         flat = self.state.flat
+        self.state.whole = False
         adamw_(
             flat.master,
             flat.exp_avg,
@@ -160,6 +189,7 @@ class Step:
             max_grad_norm=self.max_grad_norm,
             growth_interval=GROWTH_INTERVAL if self.state.scaling else 0,
         )
+        self.state.whole = True
 
     def _tell(self, lr: float, share: float, step: int) -> None:
         """Write what is new in a step to the device."""
@@ -170,13 +200,17 @@ class Step:
             values = values.pin_memory()  # a pageable copy would wait for the device
         self.state.control[:4].copy_(values, non_blocking=True)
 
-    def _asked(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        """The control block as it will be after this step, and when it will be that."""
+    def _ask(self, numbers: Tensor) -> torch.cuda.Event | None:
+        """Have the control block copied as it will be after this step; tells when it will be so."""
         control = self.state.control
-        if not control.is_cuda:
-            return control.clone(), None
-        numbers = torch.empty(control.shape, pin_memory=True)
         numbers.copy_(control, non_blocking=True)
+        if not control.is_cuda:
+            return None
         event = torch.cuda.Event()
         event.record()
-        return numbers, event
+        return event
+
+
+def _told_files(batch: MicroBatch) -> Told:
+    files = list(batch.files)
+    return lambda: files

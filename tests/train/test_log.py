@@ -9,7 +9,7 @@ from eri.train import Log, Pending, StepNumbers, cut, say
 
 
 def pending(step: int) -> Pending:
-    return Pending(step, ("a.png", "b.png"), torch.zeros(0), None)
+    return Pending(step, ("a.png", "b.png"), 1e-4, list, torch.zeros(0), None)
 
 
 def screen() -> Console:

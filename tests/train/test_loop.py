@@ -1,7 +1,7 @@
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -80,7 +80,8 @@ class Recorder:
 
     def begin(self, batches: Sequence[Micro], lr: float) -> Pending:
         pending = self.step(batches, lr)
-        return Told(pending.step, pending.files, pending._numbers, None, self.waited)
+        known = {field.name: getattr(pending, field.name) for field in fields(pending)}
+        return Told(**known, asked=self.waited)
 
     def run(self, plan: Plan) -> list[str]:
         console = Console(file=io.StringIO())
