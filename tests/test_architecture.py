@@ -5,6 +5,7 @@ every file of eri/ and, as a control, over a snippet that breaks it on purpose.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -68,10 +69,11 @@ BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match, ast.AsyncFor
 Wall = Callable[[str, str], Iterator[str]]
 
 
-def sources() -> Iterator[tuple[str, str]]:
-    """(path in the repository, source) of every Python file of eri/."""
-    for path in sorted((ROOT / "eri").rglob("*.py")):
-        yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+def sources(*folders: str) -> Iterator[tuple[str, str]]:
+    """(path in the repository, source) of every Python file of some folders, else of eri/."""
+    for folder in folders or ("eri",):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
 
 
 def module_of(path: str) -> str:
@@ -99,7 +101,7 @@ def imports(tree: ast.AST, *, inside: bool = False) -> Iterator[tuple[int, str, 
 
 
 def import_table(path: str, source: str) -> Iterator[str]:
-    """A unit imports only what its row of the table allows; cli may import run inside a verb."""
+    """A unit imports only what its row of the table allows; some it may inside functions."""
     unit = unit_of(path)
     if unit not in MAY_IMPORT:
         yield f"{path}: {unit!r} has no row in the import table"
@@ -173,16 +175,75 @@ def file_names(path: str, source: str) -> Iterator[str]:
 
 
 def safe_loading(path: str, source: str) -> Iterator[str]:
-    """No file that was not written by this process is unpickled."""
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call):
-            continue
-        called = ast.unparse(node.func)
-        safe = {k.arg: ast.unparse(k.value) for k in node.keywords}.get("weights_only")
-        if safe == "False" or (called == "torch.load" and safe != "True"):
-            yield f"{path}:{node.lineno}: {called} without weights_only=True"
-        if called in {"pickle.load", "pickle.loads", "pickle.Unpickler", "eval", "exec"}:
-            yield f"{path}:{node.lineno}: {called}"
+    """Nothing that a file says is run: no pickle, no code of a model, no program, no YAML tag."""
+    tree = ast.parse(source)
+    names = full_names(tree)
+    pickled = {"pickle.dumps(", *made_by(tree, "pickle.dumps")}
+    for node in ast.walk(tree):
+        line = f"{path}:{getattr(node, 'lineno', 0)}:"
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found = {names[alias.asname or alias.name] for alias in node.names}
+            yield from (f"{line} imports {name}" for name in sorted(found) if runs_code(name))
+        elif isinstance(node, ast.Name | ast.Attribute):
+            if runs_code(name := full_name(node, names)):
+                yield f"{line} {name}"
+        elif isinstance(node, ast.Call):
+            name = full_name(node.func, names)
+            given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            yield from (f"{line} {name} with {k}" for k in sorted(RUN_CODE_IF_GIVEN & given.keys()))
+            safe = given.get("weights_only")
+            if safe not in {None, "True"} or (name == "torch.load" and safe is None):
+                yield f"{line} {name} without weights_only=True"
+            if given.get("allow_pickle", "False") != "False":
+                yield f"{line} {name} with allow_pickle"
+            own = path.startswith("tests/") and ast.unparse(node).startswith(
+                tuple(f"pickle.loads({of}" for of in pickled)
+            )
+            if name in UNPICKLE and not own:
+                yield f"{line} {name}"
+
+
+RUN_CODE_IF_GIVEN = {"trust_remote_code", "custom_pipeline", "custom_revision"}
+UNPICKLE = {"pickle.load", "pickle.loads", "pickle.Unpickler", "_pickle.loads", "_pickle.load"}
+RUNS_CODE = re.compile(
+    r"((builtins\.)?(eval|exec)|marshal\.loads?|numpy\.lib\.format\.read_array|pandas\.read_pickle"
+    r"|(joblib|dill|cloudpickle|shelve|picklescan)(\..*)?"
+    r"|torch\.(jit\.load|export\.load|hub\.load|package\..*|serialization\.(add_safe_globals|load))"
+    r"|yaml\.(load|load_all|full_load(_all)?|unsafe_load(_all)?|((C?(Full|Unsafe))|C)?Loader)"
+    r"|transformers\.(.*\.)?(Auto[A-Z]\w*|pipeline|dynamic_module_utils\..*)"
+    r"|diffusers\.(.*\.)?(Auto(Model|Pipeline)\w*|dynamic_modules_utils\..*))"
+)
+"""Full names of what runs code out of a file, or may."""
+
+
+def runs_code(name: str) -> bool:
+    return RUNS_CODE.fullmatch(name) is not None
+
+
+def full_names(tree: ast.AST) -> dict[str, str]:
+    """What each imported name stands for; `import a.b` gives `a`."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            base = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for alias in node.names:
+                found[alias.asname or alias.name] = base + alias.name
+    return found
+
+
+def full_name(node: ast.expr, names: dict[str, str]) -> str:
+    """A name or a dotted name, spelt from its package on: `np.load` is `numpy.load`."""
+    first, dot, rest = ast.unparse(node).partition(".")
+    return names.get(first, first) + dot + rest
+
+
+def made_by(tree: ast.AST, call: str) -> set[str]:
+    """Names that are given what some call returns."""
+    return {
+        ast.unparse(node.targets[0])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith(f"{call}(")
+    }
 
 
 def messages(path: str, source: str) -> Iterator[str]:
@@ -206,6 +267,13 @@ def test_wall_stands(wall: Wall) -> None:
     assert not broken, "\n".join(broken)
 
 
+def test_no_script_and_no_test_runs_what_a_file_says() -> None:
+    checked = list(sources("scripts", "tests"))
+    broken = [line for path, source in checked for line in safe_loading(path, source)]
+    assert not broken, "\n".join(broken)
+    assert {"scripts/pretrain_demo.py", "tests/test_architecture.py"} <= {p for p, _ in checked}
+
+
 NESTED = "def f():\n if a:\n  for b in c:\n   with d:\n    while e:\n     pass\n"
 ELIFS = "def f():\n if a:\n  pass\n elif b:\n  pass\n elif c:\n  pass\n elif d:\n  pass\n"
 
@@ -217,9 +285,12 @@ ELIFS = "def f():\n if a:\n  pass\n elif b:\n  pass\n elif c:\n  pass\n elif d:\
         (import_table, "eri/layers/norm.py", "from eri import models"),
         (import_table, "eri/train/loop.py", "import eri.data.folder"),
         (import_table, "eri/cli.py", "from eri.run import train"),
+        (import_table, "eri/__main__.py", "from eri.cli import main"),
         (import_table, "eri/somewhere.py", ""),
         (imports_at_the_top, "eri/layers/norm.py", "from . import linear"),
         (imports_at_the_top, "eri/layers/norm.py", "def f():\n    import json"),
+        (imports_at_the_top, "eri/cli.py", "def f():\n    import json"),
+        (imports_at_the_top, "eri/cli.py", "def f():\n    from eri.rng import generator"),
         (imports_at_the_top, "eri/models/vae.py", "import diffusers"),
         (imports_at_the_top, "eri/models/unet.py", "def f():\n    import diffusers"),
         (imports_at_the_top, "eri/models/text.py", "def f():\n    import huggingface_hub"),
@@ -234,7 +305,30 @@ ELIFS = "def f():\n if a:\n  pass\n elif b:\n  pass\n elif c:\n  pass\n elif d:\
         (safe_loading, "eri/rng.py", "torch.load(path)"),
         (safe_loading, "eri/rng.py", "torch.load(path, weights_only=False)"),
         (safe_loading, "eri/rng.py", "other.load(path, weights_only=False)"),
+        (safe_loading, "eri/rng.py", "other.load(path, weights_only=safe)"),
         (safe_loading, "eri/rng.py", "pickle.loads(data)"),
+        (safe_loading, "eri/rng.py", "pickle.loads(pickle.dumps(1))"),
+        (safe_loading, "tests/test_rng.py", "pickle.loads(path.read_bytes())"),
+        (safe_loading, "scripts/demo.py", "from torch import load\nload(path)"),
+        (safe_loading, "scripts/demo.py", "import torch as t\nt.load(path)"),
+        (safe_loading, "scripts/demo.py", "from pickle import loads as f\nf(data)"),
+        (safe_loading, "scripts/demo.py", "eval(text)"),
+        (safe_loading, "scripts/demo.py", "from builtins import exec as f\nexec(text)"),
+        (safe_loading, "scripts/demo.py", "torch.jit.load(path)"),
+        (safe_loading, "scripts/demo.py", "torch.export.load(path)"),
+        (safe_loading, "scripts/demo.py", "CLIP.from_pretrained(path, trust_remote_code=True)"),
+        (safe_loading, "scripts/demo.py", "Pipeline.from_pretrained(path, custom_pipeline=x)"),
+        (safe_loading, "scripts/demo.py", "from transformers import AutoModel"),
+        (safe_loading, "scripts/demo.py", "from transformers import AutoTokenizer"),
+        (safe_loading, "scripts/demo.py", "import transformers\ntransformers.AutoConfig"),
+        (safe_loading, "scripts/demo.py", "from diffusers import AutoPipelineForText2Image"),
+        (safe_loading, "scripts/demo.py", "yaml.load(text)"),
+        (safe_loading, "scripts/demo.py", "yaml.load(text, Loader=yaml.SafeLoader)"),
+        (safe_loading, "scripts/demo.py", "yaml.parse(text, Loader=yaml.FullLoader)"),
+        (safe_loading, "scripts/demo.py", "from yaml import unsafe_load"),
+        (safe_loading, "scripts/demo.py", "np.load(path, allow_pickle=True)"),
+        (safe_loading, "scripts/demo.py", "import joblib"),
+        (safe_loading, "scripts/demo.py", "from joblib import load"),
         (messages, "eri/rng.py", "assert x"),
         (messages, "eri/train/loop.py", "print(1)"),
     ],
@@ -249,10 +343,17 @@ def test_wall_catches(wall: Wall, path: str, source: str) -> None:
         (import_table, "eri/cli.py", "def f():\n    from eri.run import train"),
         (import_table, "eri/models/unet.py", "from eri.layers import Linear"),
         (imports_at_the_top, "eri/cli.py", "def f():\n    from eri.run import train"),
+        (imports_at_the_top, "eri/__main__.py", "def f():\n    from eri.cli import main"),
         (imports_at_the_top, "eri/models/vae.py", "def f():\n    import diffusers"),
         (imports_at_the_top, "eri/run/hub_client.py", "def f():\n    import huggingface_hub"),
         (sizes, "eri/rng.py", ELIFS),
         (safe_loading, "eri/rng.py", "torch.load(path, weights_only=True)"),
+        (safe_loading, "eri/rng.py", "yaml.parse(text, Loader=yaml.SafeLoader)"),
+        (safe_loading, "eri/rng.py", "from diffusers import AutoencoderKL"),
+        (safe_loading, "eri/rng.py", "model.eval()"),
+        (safe_loading, "tests/test_rng.py", "pickle.loads(pickle.dumps(1))"),
+        (safe_loading, "tests/test_rng.py", "text = pickle.dumps(1)\npickle.loads(text)"),
+        (safe_loading, "scripts/demo.py", "np.load(path, allow_pickle=False)"),
         (messages, "eri/cli.py", "print(1)"),
     ],
 )
