@@ -222,7 +222,9 @@ def serve() -> None:
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
     import eri.run.train  # noqa: F401
+    from tests.torture import victims
 
+    victims.layers()
     torch.set_num_threads(1)
     os.set_inheritable(1, False)
     _tell(ready=1)
