@@ -21,16 +21,24 @@ class Halving:
         step: begins them.
         mode: `train.memory`.
         at_once: samples at once at the most, as halved in an earlier session; None: not yet.
-        say: is told of each size that is begun.
+        say: is told of each size that is begun, in words.
+        halved: is told of it, too.
     """
 
     def __init__(
-        self, step: Step, *, mode: Mode, at_once: int | None, say: Callable[[str], None]
+        self,
+        step: Step,
+        *,
+        mode: Mode,
+        at_once: int | None,
+        say: Callable[[str], None],
+        halved: Callable[[int], None],
     ) -> None:
         self.step = step
         self.mode = mode
         self.at_once = at_once
         self.say = say
+        self.halved = halved
 
     def __call__(self, batches: Sequence[SampleBatch], lr: float) -> Pending:
         """Begin one update from some micro-batches.
@@ -74,12 +82,14 @@ class Halving:
 
     def _halve(self, size: int) -> None:
         half = -(-size // 2)
-        if half != self.at_once:
-            self.say(
-                f"warning: out of memory in step {self.step.state.step + 1}; going on with "
-                f"{_images(half)} at once, and with as many in a step as before"
-            )
+        if half == self.at_once:
+            return
         self.at_once = half
+        self.halved(half)
+        self.say(
+            f"warning: out of memory in step {self.step.state.step + 1}; going on with "
+            f"{_images(half)} at once, and with as many in a step as before"
+        )
 
     def _hint(self) -> str:
         """The setting that takes less memory, and changes least."""

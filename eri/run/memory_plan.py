@@ -6,8 +6,8 @@ computed again, see `eri.models.arrange`. Both cost time, so of all ways that fi
 that is expected to be the fastest.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
@@ -18,7 +18,16 @@ from eri.models.arrange import RECOMPUTE, Recompute
 from eri.models.vae import TILE
 from eri.run.footprint import Footprint
 
-__all__ = ["LEAST", "Batch", "MemoryPlan", "free_memory", "plan_memory", "reserved", "shown_size"]
+__all__ = [
+    "LEAST",
+    "Batch",
+    "MemoryPlan",
+    "free_memory",
+    "keep_plan",
+    "plan_memory",
+    "reserved",
+    "shown_size",
+]
 
 AT_ONCE = 8
 """Images in a forward pass where memory is not short; small ones cost little more together."""
@@ -95,6 +104,8 @@ class MemoryPlan:
         recompute: what is computed again.
         needed: bytes at the largest part of a batch; None: not worked out.
         free: bytes that the device has for this process; None: not asked, as it is no GPU.
+        halved: of the images at once, those that are really run so, where an earlier session ran
+            out of memory with more; None: all.
     """
 
     mode: Mode
@@ -103,6 +114,18 @@ class MemoryPlan:
     recompute: Recompute
     needed: Footprint | None = None
     free: int | None = None
+    halved: int | None = None
+
+    @property
+    def record(self) -> dict[str, object]:
+        """What of it rounding hangs on, as a checkpoint keeps it, and the setting behind it."""
+        return {
+            "memory.mode": self.mode,
+            "memory.at_once": self.micro,
+            "memory.halved": self.halved,
+            "memory.lean": self.lean,
+            "memory.recompute": self.recompute,
+        }
 
     @property
     def peak(self) -> int | None:
@@ -202,6 +225,45 @@ def plan_memory(
             break
         plan = planned(*way)
     return plan
+
+
+def keep_plan(
+    plan: MemoryPlan,
+    batch: Batch,
+    measure: Callable[[Recompute], Footprint],
+    record: Mapping[str, object],
+) -> MemoryPlan:
+    """The plan of an earlier session instead of what fits best now, as its bits hang on that.
+
+    Args:
+        plan: what would be done now.
+        batch: what is run.
+        measure: see `plan_memory`.
+        record: of the earlier plan; where it is none, or of another setting, there is nothing kept.
+
+    Raises:
+        MemoryLimitError: it does not fit into what is free now.
+    """
+    match record:
+        case {
+            "memory.mode": plan.mode,
+            "memory.at_once": int(micro),
+            "memory.halved": int() | None as halved,
+            "memory.recompute": str(recompute),
+        } if micro > 0 and (halved is None or halved > 0) and recompute in RECOMPUTE:
+            pass
+        case _:
+            return plan
+    needed = None if plan.needed is None else _times(measure(recompute), batch.at_once(micro))
+    kept = replace(plan, micro=micro, recompute=recompute, needed=needed, halved=halved)
+    if kept.peak is not None and not kept.fits:
+        raise MemoryLimitError(
+            f"train.deterministic keeps to the checkpoint's memory plan, {kept.pace}: it takes "
+            f"{shown_size(kept.peak)}, and {shown_size(kept.free or 0)} are free",
+            hint="end what else runs on the GPU, or go on with other rounding: --set "
+            "train.deterministic=false --allow-change train.deterministic",
+        )
+    return kept
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -1,6 +1,6 @@
 """What a run will do, worked out before anything slow happens, and told in a few lines."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,14 @@ from eri.run.dataset import Images
 from eri.run.device import choose_device, choose_dtype
 from eri.run.fast_path import leaves_fast_path, runs_lean
 from eri.run.footprint import Footprint, footprint
-from eri.run.memory_plan import Batch, MemoryPlan, cost_of_a_part, free_memory, plan_memory
+from eri.run.memory_plan import (
+    Batch,
+    MemoryPlan,
+    cost_of_a_part,
+    free_memory,
+    keep_plan,
+    plan_memory,
+)
 from eri.run.plan_text import (
     cache_lines,
     image_lines,
@@ -55,7 +62,13 @@ class RunPlan:
 
 
 def plan_run(
-    config: Config, facts: BaseFacts, choice: Choice, images: Images, *, dry_run: bool = False
+    config: Config,
+    facts: BaseFacts,
+    choice: Choice,
+    images: Images,
+    *,
+    dry_run: bool = False,
+    made_with: Mapping[str, object] | None = None,
 ) -> RunPlan:
     """Work out the steps, the device, the types and the previews of a run, and what it takes.
 
@@ -66,10 +79,12 @@ def plan_run(
         images: checked ones.
         dry_run: work out the memory where there is no GPU, too; it takes a second or more, and
             a host seldom has too little.
+        made_with: of the checkpoint that the run goes on from, whose memory plan a deterministic
+            run keeps to; None: it begins.
 
     Raises:
         ConfigError: settings that this machine or this model cannot follow.
-        MemoryLimitError: the GPU has no room for the model.
+        MemoryLimitError: the GPU has no room for the model, or for the plan that is kept to.
     """
     device = choose_device()
     dtype = choose_dtype(config.train.precision, device)
@@ -84,7 +99,10 @@ def plan_run(
     drawn = texts_drawn(images.train, batches, numbers, train.seed)
     space = cache_space(facts, images, samples=samples, drawn=drawn, dtype=dtype, device=device)
     counts = _counts(batches)
-    memory = _memory(config, facts, images, counts, dtype=dtype, device=device, told=dry_run)
+    kept = made_with if train.deterministic else None
+    memory = _memory(
+        config, facts, images, counts, dtype=dtype, device=device, told=dry_run, kept=kept
+    )
     resolution = images.train.resolution
     pace = _pace(config, facts, resolution, dtype=dtype, device=device, memory=memory)
     slower = leaves_fast_path(config, device, dtype, memory.recompute)
@@ -175,6 +193,7 @@ def _memory(
     dtype: torch.dtype,
     device: torch.device,
     told: bool,
+    kept: Mapping[str, object] | None,
 ) -> MemoryPlan:
     """How batches of these sizes are run."""
     largest = max((shape for _, shape in counts), key=lambda shape: shape.area)
@@ -195,15 +214,17 @@ def _memory(
             recompute=recompute,
         )
 
-    return plan_memory(
+    batch = Batch([(count, shape.area / largest.area) for count, shape in counts])
+    plan = plan_memory(
         config.train.memory,
-        Batch([(count, shape.area / largest.area) for count, shape in counts]),
+        batch,
         measure,
         free=free_memory(device),
         lean=lean,
         part=cost_of_a_part(device),
         told=told,
     )
+    return plan if kept is None else keep_plan(plan, batch, measure, kept)
 
 
 def _pace(

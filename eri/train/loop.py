@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TypeVar
 
 from eri.errors import EriError
 from eri.train.log import Log
@@ -12,6 +13,8 @@ from eri.train.state import TrainState
 from eri.train.step import MicroBatch, Pending
 
 __all__ = ["Plan", "train"]
+
+Batch = TypeVar("Batch", bound=MicroBatch)
 
 AHEAD = 2  # steps that the host may be ahead of the device
 
@@ -32,8 +35,8 @@ def train(
     plan: Plan,
     state: TrainState,
     *,
-    step: Callable[[Sequence[MicroBatch], float], Pending],
-    batches: Callable[[int], Sequence[MicroBatch]],
+    step: Callable[[Sequence[Batch], float], Pending],
+    batches: Callable[[int], Sequence[Batch]],
     log: Log,
     sample: Callable[[int], object],
     save: Callable[[], None],

@@ -44,7 +44,10 @@ class Begun:
         self.loss = Squares(self.state, fits)
         self.said: list[str] = []
         step = Step(self.state, self.loss, weight_decay=0.01, max_grad_norm=1.0)
-        self.begin = Halving(step, mode=mode, at_once=at_once, say=self.said.append)
+        self.halved: list[int] = []
+        self.begin = Halving(
+            step, mode=mode, at_once=at_once, say=self.said.append, halved=self.halved.append
+        )
 
     def take(self, *sizes: int) -> float:
         loss = self.begin(batches(*sizes), LR).result().loss
@@ -93,7 +96,7 @@ def test_the_size_is_kept_and_said_once() -> None:
         "warning: out of memory in step 1; going on with 2 images at once, and with as many in a "
         "step as before"
     ]
-    assert short.begin.at_once == 2
+    assert short.begin.at_once == 2 and short.halved == [2]
 
 
 def test_what_no_longer_fits_later_is_halved_again() -> None:
