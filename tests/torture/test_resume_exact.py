@@ -25,3 +25,19 @@ def test_so_does_one_of_fresh_pythons(workload: Workload, straight: Workload) ->
     assert kills.training(workload, begin, kills=3, seed=3).kills == 3
     assert digest(workload.run) == digest(straight.run)
     assert logged_steps(workload.run) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("left_out", [None, "noise", "data", "rate", "moments"])
+def test_what_is_left_out_of_going_on_shows_in_the_digest(
+    workload: Workload, straight: Workload, server: ForkServer, left_out: str | None
+) -> None:
+    workload.copy_run(straight)
+    step = workload.take_back()
+    hook = None if left_out is None else f"tests.torture.breaks:forget_{left_out}"
+    session = server.start(
+        "train", workload.config, folder=workload.folder / "said", hook=hook, given=[step]
+    )
+    ended = session.wait()
+    assert ended.code == 0, ended.err
+    assert f"going on from step {step}" in ended.out
+    assert (digest(workload.run) == digest(straight.run)) is (left_out is None)

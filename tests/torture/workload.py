@@ -67,6 +67,17 @@ class Workload:
         """Take over a copy of another workload's run folder, as it is now."""
         shutil.copytree(other.run, self.run, symlinks=True)
 
+    def take_back(self) -> int:
+        """Forget the end of a finished run, as if a kill had come before it.
+
+        Returns:
+            The step that the run goes on from.
+        """
+        *_, before, last = sorted(self.run.glob("checkpoint-*"))
+        shutil.rmtree(last)
+        self.adapter.unlink()
+        return int(before.name.removeprefix("checkpoint-"))
+
 
 def digest(run: Path) -> dict[str, object]:
     """All that the end of a run is: adapter, optimizer, numbers, finished file and log.
