@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from eri.layers.geglu import geglu, geglu_backward
+from eri.layers.layer_norm import layer_norm, layer_norm_backward
 from eri.layers.lora import LoRALayer, base_of
 
 __all__ = ["Projection", "feed_forward", "norm_project", "project", "side_by_side"]
@@ -205,21 +206,21 @@ class _NormProject(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm: nn.LayerNorm, projection: Projection, *parameters: Tensor
     ) -> Tensor:
-        n, mean, rstd = _layer_norm(x, norm)
+        n, mean_rstd = layer_norm(x, norm)
         y, hidden = projection.forward(n.flatten(0, -2))
         ctx.norm, ctx.projection = norm, projection
-        ctx.save_for_backward(x, mean, rstd, *hidden)
+        ctx.save_for_backward(x, mean_rstd, *hidden)
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, mean, rstd, *hidden = ctx.saved_tensors
+        x, mean_rstd, *hidden = ctx.saved_tensors
         norm = ctx.norm
-        n = _layer_norm(x, norm)[0].flatten(0, -2)
+        n = layer_norm(x, norm)[0].flatten(0, -2)
         needs_dx = ctx.needs_input_grad[0]
         dn = ctx.projection.backward(grads[0].flatten(0, -2), n, hidden, needs_dx)
-        dx = None if dn is None else _layer_norm_backward(dn, x, norm, mean, rstd)
+        dx = None if dn is None else layer_norm_backward(dn, x, mean_rstd, norm)
         return dx, None, None, *[None] * len(ctx.projection.parameters)
 
 
@@ -234,29 +235,29 @@ class _FeedForward(torch.autograd.Function):
         recompute: bool,
         *parameters: Tensor,
     ) -> Tensor:
-        n, mean, rstd = _layer_norm(x, norm)
+        n, mean_rstd = layer_norm(x, norm)
         u, inner_hidden = inner.forward(n.flatten(0, -2))
         y, outer_hidden = outer.forward(geglu(u))
         ctx.norm, ctx.inner, ctx.outer, ctx.inputs = norm, inner, outer, len(parameters)
         ctx.split = len(inner_hidden)
         kept = None if recompute else u
-        ctx.save_for_backward(x, mean, rstd, kept, *inner_hidden, *outer_hidden)
+        ctx.save_for_backward(x, mean_rstd, kept, *inner_hidden, *outer_hidden)
         return y.unflatten(0, x.shape[:-1]).add_(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, mean, rstd, u, *hidden = ctx.saved_tensors
+        x, mean_rstd, u, *hidden = ctx.saved_tensors
         inner_hidden, outer_hidden = hidden[: ctx.split], hidden[ctx.split :]
         dy = grads[0].flatten(0, -2)
-        n = _layer_norm(x, ctx.norm)[0].flatten(0, -2)
+        n = layer_norm(x, ctx.norm)[0].flatten(0, -2)
         if u is None:
             u = ctx.inner.forward(n)[0]
         da = ctx.outer.backward(dy, geglu(u), outer_hidden, True)
         dn = ctx.inner.backward(geglu_backward(da, u), n, inner_hidden, ctx.needs_input_grad[0])
         dx = None
         if dn is not None:
-            dx = _layer_norm_backward(dn, x, ctx.norm, mean, rstd).add_(grads[0])
+            dx = layer_norm_backward(dn, x, mean_rstd, ctx.norm, grads[0])
         return dx, *[None] * (4 + ctx.inputs)
 
 
@@ -269,20 +270,6 @@ def _side_by_side_bias(layers: Sequence[nn.Linear | nn.Conv2d]) -> Tensor | None
         for layer in layers
     ]
     return biases[0] if len(biases) == 1 else torch.cat(biases)
-
-
-def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """The normalised x, and mean and 1 / deviation of each row."""
-    return torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
-def _layer_norm_backward(
-    dn: Tensor, x: Tensor, norm: nn.LayerNorm, mean: Tensor, rstd: Tensor
-) -> Tensor:
-    """The gradient of x from that of the normalised x, `[T, D]`."""
-    shape, frozen = norm.normalized_shape, [True, False, False]
-    backward = torch.ops.aten.native_layer_norm_backward
-    return backward(dn.view(x.shape), x, shape, mean, rstd, norm.weight, norm.bias, frozen)[0]
 
 
 def _updates(layers: Sequence[nn.Module], dtype: torch.dtype) -> list[_Update]:

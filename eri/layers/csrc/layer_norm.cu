@@ -1,0 +1,218 @@
+// A warp takes a row and keeps it in registers, so that it is read once: the mean, then the mean
+// square around it, then the result. Lane l holds the vectors l, l + 32, ... of the row.
+
+#include <cuda_runtime.h>
+
+#include "layer_norm.h"
+#include "vectors.h"
+
+namespace eri {
+namespace {
+
+constexpr int kWarps = 4;  // of a block; a row each
+constexpr unsigned int kWarp = ~0u;
+
+struct Rows {
+  int64_t count;
+  int columns;    // vectors of a row
+  float share;    // 1 / numbers of a row
+  float eps;      //
+};
+
+// The sum over a warp in each of its lanes, in an order that never changes.
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kWarp, value, offset);
+  return value;
+}
+
+__device__ __forceinline__ int64_t row_of_warp() {
+  return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+}
+
+template <typename Scalar, int kHeld>
+__device__ __forceinline__ void load_row(const uint4* row, int columns,
+                                         Vector<Scalar> (&vectors)[kHeld]) {
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    const int column = static_cast<int>(threadIdx.x) % 32 + 32 * k;
+    vectors[k] = column < columns ? load<Scalar>(row + column) : zeros<Scalar>();
+  }
+}
+
+// visit(vector of the lane, quarter of it, column) for all that the lane holds.
+template <typename Scalar, int kHeld, typename Visit>
+__device__ __forceinline__ void each(int columns, Visit visit) {
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    const int column = static_cast<int>(threadIdx.x) % 32 + 32 * k;
+    if (column < columns) {
+#pragma unroll
+      for (int quad = 0; quad < Vector<Scalar>::kQuads; ++quad) visit(k, quad, column);
+    }
+  }
+}
+
+template <typename Scalar, int kHeld>
+__global__ void __launch_bounds__(32 * kWarps)
+    forward_kernel(const uint4* __restrict__ x, const uint4* __restrict__ weight,
+                   const uint4* __restrict__ bias, uint4* __restrict__ n,
+                   float2* __restrict__ mean_rstd, Rows rows) {
+  const int64_t row = row_of_warp();
+  if (row >= rows.count) return;
+  Vector<Scalar> held[kHeld];
+  load_row(x + row * rows.columns, rows.columns, held);
+  float sum = 0.0f;
+  each<Scalar, kHeld>(rows.columns, [&](int k, int quad, int) {
+    float v[4];
+    unpack(held[k], quad, v);
+    sum += (v[0] + v[1]) + (v[2] + v[3]);
+  });
+  const float mean = warp_sum(sum) * rows.share;
+  float squares = 0.0f;
+  each<Scalar, kHeld>(rows.columns, [&](int k, int quad, int) {
+    float v[4];
+    unpack(held[k], quad, v);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) squares = fmaf(v[i] - mean, v[i] - mean, squares);
+  });
+  const float rstd = rsqrtf(fmaf(warp_sum(squares), rows.share, rows.eps));
+  if (threadIdx.x % 32 == 0) mean_rstd[row] = make_float2(mean, rstd);
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    const int column = static_cast<int>(threadIdx.x) % 32 + 32 * k;
+    if (column >= rows.columns) return;
+    const Vector<Scalar> slopes = load<Scalar>(weight + column);
+    const Vector<Scalar> offsets = load<Scalar>(bias + column);
+#pragma unroll
+    for (int quad = 0; quad < Vector<Scalar>::kQuads; ++quad) {
+      float v[4], w[4], b[4];
+      unpack(held[k], quad, v);
+      unpack(slopes, quad, w);
+      unpack(offsets, quad, b);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = fmaf((v[i] - mean) * rstd, w[i], b[i]);
+      pack(held[k], quad, v);
+    }
+    store(n + row * rows.columns + column, held[k]);
+  }
+}
+
+// With g = weight * dn and z = (x - mean) * rstd: dx = rstd (g - mean(g) - z mean(g z)).
+template <typename Scalar, int kHeld, bool kResidual>
+__global__ void __launch_bounds__(32 * kWarps)
+    backward_kernel(const uint4* __restrict__ dn, const uint4* __restrict__ x,
+                    const uint4* __restrict__ residual, const uint4* __restrict__ weight,
+                    const float2* __restrict__ mean_rstd, uint4* __restrict__ dx, Rows rows) {
+  const int64_t row = row_of_warp();
+  if (row >= rows.count) return;
+  const int64_t start = row * rows.columns;
+  Vector<Scalar> gradients[kHeld], held[kHeld], added[kHeld];
+  load_row(dn + start, rows.columns, gradients);
+  load_row(x + start, rows.columns, held);
+  if (kResidual) load_row(residual + start, rows.columns, added);
+  const float2 moments = mean_rstd[row];
+  const float mean = moments.x, rstd = moments.y;
+  float sum = 0.0f, product = 0.0f;
+  each<Scalar, kHeld>(rows.columns, [&](int k, int quad, int column) {
+    float g[4], v[4], w[4];
+    unpack(gradients[k], quad, g);
+    unpack(held[k], quad, v);
+    unpack(load<Scalar>(weight + column), quad, w);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      g[i] *= w[i];
+      sum += g[i];
+      product = fmaf(g[i], (v[i] - mean) * rstd, product);
+    }
+  });
+  const float of_g = warp_sum(sum) * rows.share;
+  const float of_gz = warp_sum(product) * rows.share;
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    const int column = static_cast<int>(threadIdx.x) % 32 + 32 * k;
+    if (column >= rows.columns) return;
+    const Vector<Scalar> slopes = load<Scalar>(weight + column);
+#pragma unroll
+    for (int quad = 0; quad < Vector<Scalar>::kQuads; ++quad) {
+      float g[4], v[4], w[4], r[4];
+      unpack(gradients[k], quad, g);
+      unpack(held[k], quad, v);
+      unpack(slopes, quad, w);
+      if (kResidual) unpack(added[k], quad, r);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float z = (v[i] - mean) * rstd;
+        v[i] = rstd * (fmaf(g[i], w[i], -of_g) - z * of_gz);
+        if (kResidual) v[i] += r[i];
+      }
+      pack(held[k], quad, v);
+    }
+    store(dx + start + column, held[k]);
+  }
+}
+
+template <typename Scalar, int kHeld>
+void launch_held(const LayerNormArguments& a, const Rows& rows, cudaStream_t stream) {
+  const uint32_t blocks = static_cast<uint32_t>((a.rows + kWarps - 1) / kWarps);
+  const uint4* x = static_cast<const uint4*>(a.x);
+  const uint4* dn = static_cast<const uint4*>(a.dn);
+  const uint4* residual = static_cast<const uint4*>(a.residual);
+  const uint4* weight = static_cast<const uint4*>(a.weight);
+  uint4* result = static_cast<uint4*>(a.result);
+  float2* moments = reinterpret_cast<float2*>(a.mean_rstd);
+  if (dn == nullptr) {
+    forward_kernel<Scalar, kHeld><<<blocks, 32 * kWarps, 0, stream>>>(
+        x, weight, static_cast<const uint4*>(a.bias), result, moments, rows);
+  } else if (residual == nullptr) {
+    backward_kernel<Scalar, kHeld, false><<<blocks, 32 * kWarps, 0, stream>>>(
+        dn, x, residual, weight, moments, result, rows);
+  } else {
+    backward_kernel<Scalar, kHeld, true><<<blocks, 32 * kWarps, 0, stream>>>(
+        dn, x, residual, weight, moments, result, rows);
+  }
+}
+
+template <typename Scalar>
+void launch(const LayerNormArguments& a, cudaStream_t stream) {
+  const int columns = static_cast<int>(a.width / Vector<Scalar>::kSize);
+  const Rows rows = {a.rows, columns, 1.0f / static_cast<float>(a.width),
+                     static_cast<float>(a.eps)};
+  if (columns <= 32) {
+    launch_held<Scalar, 1>(a, rows, stream);
+  } else if (columns <= 64) {
+    launch_held<Scalar, 2>(a, rows, stream);
+  } else if (columns <= 96) {
+    launch_held<Scalar, 3>(a, rows, stream);
+  } else if (columns <= 160) {
+    launch_held<Scalar, 5>(a, rows, stream);
+  } else {
+    launch_held<Scalar, kLayerNormVectors / 32>(a, rows, stream);
+  }
+}
+
+const char* launch_either(const LayerNormArguments& a, void* stream_handle) {
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
+  if (a.rows == 0) return nullptr;
+  if (a.type == LayerNormType::kFloat) {
+    launch<float>(a, stream);
+  } else if (a.type == LayerNormType::kHalf) {
+    launch<__half>(a, stream);
+  } else {
+    launch<__nv_bfloat16>(a, stream);
+  }
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+const char* launch_layer_norm(const LayerNormArguments& arguments, void* stream) {
+  return launch_either(arguments, stream);
+}
+
+const char* launch_layer_norm_backward(const LayerNormArguments& arguments, void* stream) {
+  return launch_either(arguments, stream);
+}
+
+}  // namespace eri

@@ -1,0 +1,264 @@
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eri.errors import ConfigError
+from eri.layers import LayerNorm
+from eri.layers.backend import set_backend
+from eri.layers.build import SOURCES
+from eri.layers.layer_norm import (
+    MOST_VECTORS,
+    layer_norm,
+    layer_norm_backward,
+    layer_norm_backward_reference,
+    layer_norm_reference,
+    unsupported,
+)
+from tests.kernel_checks import copy_bandwidth, error, microseconds, ulp
+
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def backend() -> Iterator[None]:
+    yield
+    set_backend("auto")
+
+
+def norm_of(
+    width: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+) -> LayerNorm:
+    norm = LayerNorm(width, 1e-5, device=device).requires_grad_(False)
+    norm.weight.normal_(1, 0.3)
+    norm.bias.normal_(0, 0.3)
+    return norm.to(dtype)
+
+
+def test_it_is_a_layer_norm_with_the_numbers_of_each_row() -> None:
+    norm, x = norm_of(6), 3 * torch.randn(2, 5, 6, dtype=torch.float64) + 1
+    n, mean_rstd = layer_norm(x, norm)
+    torch.testing.assert_close(n, norm(x))
+    torch.testing.assert_close(mean_rstd[:, 0], x.mean(-1).flatten())
+    rstd = (x.var(-1, correction=0) + norm.eps).rsqrt()
+    torch.testing.assert_close(mean_rstd[:, 1], rstd.flatten())
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_the_backward_pass_is_autograds(residual: bool) -> None:
+    norm = norm_of(6)
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    dn, added = torch.randn(2, 2, 5, 6, dtype=torch.float64)
+    kept = added.clone()
+    (expected,) = torch.autograd.grad(norm(x), x, dn)
+    _, mean_rstd = layer_norm(x.detach(), norm)
+    given = (added,) if residual else ()
+    found = layer_norm_backward(dn.flatten(0, 1), x.detach(), mean_rstd, norm, *given)
+    torch.testing.assert_close(found, expected + added if residual else expected)
+    assert torch.equal(added, kept)
+
+
+@pytest.mark.parametrize("shape", [(3, 16), (2, 5, 32), (16,)])
+def test_the_ops_are_registered_as_pytorch_wants_them(
+    shape: tuple[int, ...], device: torch.device
+) -> None:
+    if device.type == "cuda":
+        loaded()
+    norm = norm_of(shape[-1], torch.float32, device)
+    x, dn, residual = torch.randn(3, *shape, device=device)
+    torch.library.opcheck(torch.ops.eri.layer_norm.default, (x, norm.weight, norm.bias, 1e-5))
+    _, mean_rstd = torch.ops.eri.layer_norm(x, norm.weight, norm.bias, 1e-5)
+    for added in (None, residual):
+        given = (dn, x, mean_rstd, norm.weight, added)
+        torch.library.opcheck(torch.ops.eri.layer_norm_backward.default, given)
+
+
+def test_reasons_are_in_words() -> None:
+    def reason(width: int, dtype: torch.dtype, of_weight: torch.dtype | None = None) -> str | None:
+        weight = torch.ones(width, dtype=of_weight or dtype)
+        return unsupported(torch.zeros(2, width, dtype=dtype), weight)
+
+    assert reason(1280, torch.float32) is None
+    assert reason(2560, torch.bfloat16) is None
+    rows = "x has rows of {} elements, not a multiple of {} up to {}"
+    assert reason(1284, torch.float32) == rows.format(1284, 4, 1280)
+    assert reason(12, torch.float16) == rows.format(12, 8, 2560)
+    assert reason(8, torch.float64) == "x is float64, not float32, float16 or bfloat16"
+    found = reason(8, torch.bfloat16, torch.float32)
+    assert found == "x is bfloat16, and its weight float32"
+    assert unsupported(torch.zeros(0, 8), torch.ones(8)) == "x has 0 rows, not 1 to 2147483647"
+
+
+def test_the_limit_is_that_of_the_header() -> None:
+    assert f"kLayerNormVectors = {MOST_VECTORS};" in (SOURCES / "layer_norm.h").read_text()
+
+
+def test_the_backend_cuda_refuses_other_devices() -> None:
+    set_backend("cuda")
+    with pytest.raises(ConfigError, match="this is cpu"):
+        layer_norm(torch.zeros(2, 16), norm_of(16, torch.float32))
+
+
+# ------------------------------------------------------------------------------------- the kernels
+
+gpu = pytest.mark.gpu
+SHAPES = [(1024, 1280), (2, 4096, 640), (3, 77, 320), (7, 8), (1, 1032), (513, 2560), (5, 256)]
+
+
+def loaded() -> None:
+    """Builds and loads the kernels and refuses anything else."""
+    set_backend("cuda")
+    layer_norm(torch.ones(1, 16, device="cuda"), norm_of(16, torch.float32, "cuda"))
+
+
+@gpu
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernels_are_no_less_exact_than_eager(
+    shape: tuple[int, ...], dtype: torch.dtype, offset: float
+) -> None:
+    set_backend("cuda")
+    if dtype == torch.float32 and shape[-1] > 1280:
+        shape = (*shape[:-1], 1280)
+    norm = norm_of(shape[-1], dtype, "cuda")
+    x = (3 * torch.randn(shape, device="cuda") + offset).to(dtype)
+    dn, residual = torch.randn(2, *shape, device="cuda").to(dtype)
+    exact = norm_of(shape[-1], torch.float64, "cuda")
+    exact.load_state_dict({k: v.double() for k, v in norm.state_dict().items()})
+    truth, moments = layer_norm_reference(x.double(), exact.weight, exact.bias, exact.eps)
+    n, mean_rstd = layer_norm(x, norm)
+    eager, of_eager = layer_norm_reference(x, norm.weight, norm.bias, norm.eps)
+    assert n.dtype == dtype and n.shape == truth.shape and mean_rstd.dtype == torch.float32
+    assert error(n, truth) <= 2 * error(eager, truth) + ulp(truth, dtype)
+    single = torch.float32
+    assert error(mean_rstd, moments) <= 2 * error(of_eager, moments) + 2 * ulp(moments, single)
+    for added in (None, residual):
+        true = None if added is None else added.double()
+        truth = layer_norm_backward_reference(dn.double(), x.double(), moments, exact.weight, true)
+        found = layer_norm_backward(dn, x, mean_rstd, norm, added)
+        eager = layer_norm_backward_reference(dn, x, of_eager, norm.weight, added)
+        assert found.dtype == dtype and found.shape == truth.shape
+        assert error(found, truth) <= 2 * error(eager, truth) + ulp(truth, dtype)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_rows_that_lie_otherwise(dtype: torch.dtype) -> None:
+    set_backend("cuda")
+    norm = norm_of(64, dtype, "cuda")
+    x, dn = torch.randn(2, 9, 5, 64, device="cuda").to(dtype)
+    n, mean_rstd = layer_norm(x, norm)
+    dx = layer_norm_backward(dn, x, mean_rstd, norm, x)
+    shifted = torch.empty(x.numel() + 1, device="cuda", dtype=dtype)[1:].view(x.shape).copy_(x)
+    wide = torch.empty(9, 5, 80, device="cuda", dtype=dtype)[..., 8:72].copy_(x)
+    for like_x in (shifted, wide, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        assert torch.equal(layer_norm(like_x, norm)[0], n)
+        assert torch.equal(layer_norm_backward(dn, like_x, mean_rstd, norm, like_x), dx)
+
+
+@gpu
+def test_what_is_not_finite_stays_in_its_row() -> None:
+    set_backend("cuda")
+    x = torch.randn(3, 16, device="cuda", dtype=torch.bfloat16)
+    x[1, 4] = torch.nan
+    n, mean_rstd = layer_norm(x, norm_of(16, torch.bfloat16, "cuda"))
+    assert n[1].isnan().all() and mean_rstd[1].isnan().all()
+    assert n[[0, 2]].isfinite().all() and mean_rstd[[0, 2]].isfinite().all()
+
+
+@gpu
+def test_the_kernels_give_the_same_bits_twice_and_in_a_graph() -> None:
+    set_backend("cuda")
+    norm = norm_of(1280, torch.bfloat16, "cuda")
+    x, dn = torch.randn(2, 1025, 1280, device="cuda").bfloat16()
+
+    def both() -> list[Tensor]:
+        n, mean_rstd = layer_norm(x, norm)
+        return [n, mean_rstd, layer_norm_backward(dn, x, mean_rstd, norm, x)]
+
+    first = both()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        both()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    graph.replay()
+    for once, again, in_graph in zip(first, both(), captured, strict=True):
+        assert torch.equal(once, again) and torch.equal(once, in_graph)
+
+
+@gpu
+def test_what_the_kernels_cannot_do_the_reference_does() -> None:
+    said: list[str] = []
+    set_backend("auto", said.append)
+    norm, x = norm_of(10, torch.float64, "cuda"), torch.randn(3, 10, device="cuda").double()
+    torch.testing.assert_close(
+        layer_norm(x, norm)[0], F.layer_norm(x, (10,), norm.weight, norm.bias)
+    )
+    assert any("layer_norm: PyTorch's own operations" in line for line in said)
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("weight", lambda x: torch.ones(12, device=x.device, dtype=x.dtype)),
+        ("weight", lambda x: torch.ones(16, device=x.device)),
+        ("bias", lambda x: torch.ones(16, dtype=x.dtype)),
+        ("x", lambda x: x.t().contiguous().t()),
+        ("x", lambda x: x.double()),
+    ],
+)
+def test_the_kernel_names_what_it_cannot_take(name: str, wrong: Callable[[Tensor], Tensor]) -> None:
+    loaded()
+    x = torch.zeros(4, 16, device="cuda", dtype=torch.bfloat16)
+    given = {"x": x, "weight": torch.ones_like(x[0]), "bias": torch.ones_like(x[0])}
+    given[name] = wrong(x)
+    with pytest.raises(RuntimeError, match=rf"layer_norm: {name}"):
+        torch.ops.eri.layer_norm(*given.values(), 1e-5)
+
+
+@gpu
+def test_bandwidth() -> None:
+    set_backend("cuda")
+    copied = copy_bandwidth()
+    print(f"\na copy moves {copied / 1e12:.2f} TB/s")
+    for rows, width in ((1024, 1280), (4096, 1280), (4096, 640), (16384, 640), (65536, 640)):
+        norm = norm_of(width, torch.bfloat16, "cuda")
+        sets = [torch.randn(3, rows, width, device="cuda").bfloat16() for _ in range(4)]
+        kept = [layer_norm(x, norm)[1] for x, _, _ in sets]
+        theirs = [layer_norm_reference(x, norm.weight, norm.bias, 1e-5)[1] for x, _, _ in sets]
+        cases = [
+            (
+                *("forward", 4, lambda i, n=norm, s=sets: layer_norm(s[i][0], n)),
+                lambda i, n=norm, s=sets: torch.native_layer_norm(
+                    s[i][0], (s[i].shape[-1],), n.weight, n.bias, 1e-5
+                ),
+            ),
+            (
+                *(
+                    "backward, and a residual",
+                    8,
+                    lambda i, n=norm, s=sets, k=kept: layer_norm_backward(
+                        s[i][1], s[i][0], k[i], n, s[i][2]
+                    ),
+                ),
+                lambda i, n=norm, s=sets, k=theirs: layer_norm_backward_reference(
+                    s[i][1], s[i][0], k[i], n.weight, s[i][2]
+                ),
+            ),
+        ]
+        for name, size, kernel, eager in cases:
+            ours, others = microseconds(kernel), microseconds(eager)
+            reached = size * rows * width / ours * 1e6
+            print(
+                f"{rows:6d} x {width} {name}: {ours:7.1f} us, {reached / 1e12:.2f} TB/s, "
+                f"eager {others:7.1f} us"
+            )
+            if rows * width >= 2**25:
+                assert reached > 0.7 * copied
