@@ -14,6 +14,7 @@ from rich.text import Text
 from eri import __version__
 from eri.config import Config, ModelSource, load_config, make_config
 from eri.errors import ConfigError, EriError, Stopped
+from eri.files import Outlet, disk_errors, open_standard_streams
 from eri.printable import printable
 
 __all__ = ["app", "main", "set_environment"]
@@ -26,15 +27,10 @@ app = typer.Typer(
 )
 
 
-class _Output(Console):
-    """Standard output; when nobody reads it any more, the work goes on all the same."""
+out = Console(highlight=False)
 
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-out = _Output(highlight=False)
+WRITES_FILES = ("train", "init", "export-lora", "sample")
+"""Commands that are done when their file is written, whether or not anybody reads what they say."""
 
 UsageError = cast(type[Exception], typer.BadParameter.__base__)
 """What every refused command line raises; typer exports only this subclass of it."""
@@ -90,15 +86,13 @@ def train(
 ) -> None:
     """Train a LoRA, from a file or from --model and --data; again to go on with a run."""
     settings = _settings(config, model, data or [], output=output, overrides=set_ or [])
-    from eri.run.train import train as run
+    from eri.run.folder import hold
 
-    run(
-        settings,
-        out,
-        dry_run=dry_run,
-        restart=restart,
-        allow_change=frozenset(allow_change or ()),
-    )
+    with hold(settings, restart=restart, dry_run=dry_run) as (held, stop):
+        from eri.run.train import train_held  # takes seconds; the folder is locked before
+
+        changes = frozenset(allow_change or ())
+        train_held(held, out, stop, dry_run=dry_run, allow_change=changes)
 
 
 @app.command()
@@ -230,20 +224,35 @@ def set_environment() -> None:
 
 def main() -> NoReturn:
     """Run the command line and leave with the exit code of the contract."""
+    from eri.run.stop import StopSignals, leave_on_signals
+
+    leave_on_signals()
+    output, _ = open_standard_streams()
+    sys.excepthook = lambda kind, error, trace: _print_trace(error)
     set_environment()
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
     try:
-        sys.exit(app(args=arguments, prog_name="eri", standalone_mode=False))
+        with StopSignals(remembered=0):
+            code = app(args=arguments, prog_name="eri", standalone_mode=False)
+        _require_written(output, arguments)
+        sys.exit(code)
     except UsageError as error:
         _fail(_as_config_error(error), debug)
     except Stopped as stopped:
         print("eri: stopped", file=sys.stderr)
         sys.exit(stopped.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except EriError as error:
         _fail(error, debug)
+
+
+def _require_written(output: Outlet, arguments: Sequence[str]) -> None:
+    """Refuse to end well if what a command is there to print was lost; a reader may leave."""
+    if output.lost is None or isinstance(output.lost, BrokenPipeError):
+        return
+    if arguments[0] not in WRITES_FILES or "--help" in arguments:
+        with disk_errors("standard output"):
+            raise output.lost
 
 
 def _settings(
@@ -291,13 +300,19 @@ def _as_config_error(error: Exception) -> ConfigError:
 def _fail(error: EriError, debug: bool) -> NoReturn:
     """Print what is wrong and what to do, on stderr, and leave."""
     if debug:
-        traceback.print_exception(error)
+        _print_trace(error)
     lines = [f"eri: error: {printable(str(error), limit=500)}"]
     lines += [f"  {printable(problem, limit=500)}" for problem in error.problems]
     if error.hint is not None:
         lines.append(f"hint: {printable(error.hint, limit=500)}")
     print("\n".join(lines), file=sys.stderr)
     sys.exit(error.exit_code)
+
+
+def _print_trace(error: BaseException) -> None:
+    """Print a traceback, whose messages and file names may hold anything."""
+    for line in "".join(traceback.format_exception(error)).splitlines():
+        print(printable(line, limit=1000), file=sys.stderr)
 
 
 def _say(text: str) -> None:

@@ -9,7 +9,7 @@
     ├── MemoryLimitError 7   the device or the host ran out of memory
     ├── WorkerError      8   a worker or a rank died or hung
     └── NonFiniteError   9   a NaN or an infinity where a number was needed
-    Stopped        130/143   SIGINT or SIGTERM, after the state was saved; not an error
+    Stopped        130/143   SIGINT or SIGTERM; no error, and no Exception, which foreign code eats
 
 Anything else that leaves a command is a bug of ours: exit code 1, with a traceback.
 """
@@ -109,8 +109,11 @@ class NonFiniteError(EriError):
     exit_code = 9
 
 
-class Stopped(Exception):  # noqa: N818 - the run was asked to stop; nothing went wrong
-    """The run was asked to stop (SIGINT or SIGTERM) and has saved its state.
+class Stopped(BaseException):
+    """The work was asked to stop (SIGINT or SIGTERM); a run that was asked once has saved.
+
+    As `KeyboardInterrupt` it is no `Exception`: it may be raised inside foreign code, whose
+    `except Exception` would take it for a file that cannot be read.
 
     Args:
         signal_number: the signal that asked; the exit code is 128 plus it.

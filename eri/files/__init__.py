@@ -21,6 +21,7 @@ from eri.files.commit import (
 from eri.files.disk import DISK_PROBLEMS, disk_errors
 from eri.files.locks import LOCK_FILE, lock
 from eri.files.places import cache_dir, contained, require_space, run_name
+from eri.files.streams import Outlet, open_standard_streams
 
 __all__ = [
     "DISK_PROBLEMS",
@@ -29,12 +30,14 @@ __all__ = [
     "TEMPORARY_PREFIX",
     "FileEntry",
     "Manifest",
+    "Outlet",
     "atomic_write",
     "cache_dir",
     "commit_folder",
     "contained",
     "disk_errors",
     "lock",
+    "open_standard_streams",
     "remove_folder",
     "require_space",
     "run_name",

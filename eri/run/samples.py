@@ -3,9 +3,11 @@
 Everything here is read by processes that read ahead, so it holds paths and settings, no tensors.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 
@@ -81,7 +83,7 @@ class Samples(Sequence[Sample]):
         view: View = self.images.views[index][version]
         sizes = size_tensor(item.width, item.height, self.images.shapes[index], view)
         return Sample(
-            file=printable(item.path),
+            file=printable(_told(item.path, source.path)),
             mean=latent.mean,
             std=latent.std,
             context=states.context,
@@ -91,6 +93,12 @@ class Samples(Sequence[Sample]):
             unmasked_weight=source.unmasked_weight,
             weight=source.weight,
         )
+
+
+def _told(path: Path, folder: Path) -> str:
+    """An image as the log of a run names it: the path to its folder is nobody else's business."""
+    name = os.path.basename(os.path.abspath(folder))
+    return os.path.join(name, os.path.relpath(path, folder))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """`eri train`: a config to a finished adapter, and on from wherever an earlier try got to."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from rich.console import Console
 
 from eri.config import Config, dump_config
 from eri.diffusion import NoiseSchedule
-from eri.files import atomic_write, disk_errors, require_space
+from eri.files import atomic_write, require_space
 from eri.formats.metadata import Folder, adapter_metadata, data_metadata
 from eri.models.unet import UNet
 from eri.run import checkpoints
@@ -21,7 +20,7 @@ from eri.run.clock import Clock
 from eri.run.dataset import Images, look_at_images
 from eri.run.device import unusable_card
 from eri.run.encoding import Encoder
-from eri.run.folder import claim, own
+from eri.run.folder import hold
 from eri.run.identity import identity_of, resolved
 from eri.run.loader import Loader, worker_count
 from eri.run.memory import memory_errors
@@ -36,7 +35,7 @@ from eri.run.validation import Validation
 from eri.train import Log, cut, say
 from eri.train import train as train_loop
 
-__all__ = ["train"]
+__all__ = ["train", "train_held"]
 
 BYTES_OF_A_STATE = 12  # of a trained number: itself and AdamW's two moments, in float32
 
@@ -62,23 +61,35 @@ def train(
         EriError: see its tree.
         Stopped: the run was asked to stop, and its state is saved.
     """
+    with hold(config, restart=restart, dry_run=dry_run) as (held, stop):
+        train_held(held, console, stop, dry_run=dry_run, allow_change=allow_change)
+
+
+def train_held(
+    config: Config,
+    console: Console,
+    stop: StopSignals,
+    *,
+    dry_run: bool = False,
+    allow_change: frozenset[str] = frozenset(),
+) -> None:
+    """Train in a place that `hold` gave."""
+    stop.raise_if_stopped()
     unusable = unusable_card()
     if unusable is not None:
         say(console, "warning: {}\nhint: {}".format(*unusable))
     clock = Clock()
-    with StopSignals() as stop, disk_errors(config.output), memory_errors():
-        config = claim(config, restart)
+    with memory_errors():
         facts = look_at(config.model, lambda line: say(console, line))
         choice = choose(config.model, facts.hint)
-        with nullcontext() if dry_run else own(config.output):
-            with clock("checking images"):
-                images = look_at_images(config, facts, console, stop.raise_if_stopped)
-            with clock("planning"):
-                plan = plan_run(config, facts, choice, images, dry_run=dry_run)
-            run = _Run(config, console, facts, images, plan, clock=clock)
-            checkpoint = run.look_back(allow_change)
-            if not dry_run and not run.go(checkpoint, stop):
-                stop.raise_if_stopped()
+        with clock("checking images"):
+            images = look_at_images(config, facts, console, stop.raise_if_stopped)
+        with clock("planning"):
+            plan = plan_run(config, facts, choice, images, dry_run=dry_run)
+        run = _Run(config, console, facts, images, plan, clock=clock)
+        checkpoint = run.look_back(allow_change)
+        if not dry_run and not run.go(checkpoint, stop):
+            stop.raise_if_stopped()
 
 
 class _Run:

@@ -1,6 +1,7 @@
 import hashlib
 import pickle
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_without_augmentation_a_sample_is_its_image(tmp_path: Path) -> None:
         sample = samples.of_number(1, number)
         assert torch.equal(sample.mean, samples[1].mean)
         assert text(sample.context) == text(samples[1].context) == "cat 1, sitting, indoors"
-    assert samples[2].file.endswith("2.png")
+    assert samples[2].file == f"{tmp_path.name}/2.png"
     assert (samples[2].weight, samples[2].mask) == (0.5, None)
     assert samples[2].time_ids is not None
     assert samples[2].time_ids.tolist() == [*size_ids(80, 64, SHAPE, PLAIN)]
@@ -105,6 +106,21 @@ def test_versions_and_captions_are_drawn_by_the_number_of_the_sample(tmp_path: P
     for one, other in zip(again, [*shown[117:], *shown[15:18]], strict=True):
         assert torch.equal(one.mean, other.mean)
         assert torch.equal(one.context, other.context)
+
+
+@pytest.mark.parametrize("folder", ["{}", "../photos", "."])
+def test_a_run_tells_of_images_by_the_name_of_their_folder_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    photos = tmp_path / "photos"
+    (photos / "trees").mkdir(parents=True)
+    monkeypatch.chdir(photos)
+    found = images(Path(folder.format(photos)) / "trees")
+    source = found.sources[0].model_copy(update={"path": Path(folder.format(photos))})
+    (photos / "trees" / "0.png").rename(photos / "trees" / "\x1b.png")
+    items = (replace(found.items[0], path=found.items[0].path.with_name("\x1b.png")),)
+    samples = encoded(ImageSet(items, found.shapes[:1], (source,), 64))
+    assert samples[0].file == r"photos/trees/\x1b.png"
 
 
 def test_a_mirrored_sample_has_the_ids_of_its_own_cut(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def run(request: pytest.FixtureRequest, run_of: Callable[[str], Run]) -> Run:
 
 def sample_of(run: Run, file: str) -> Sample:
     """A photo and its caption as the pipeline of diffusers encodes them."""
-    path, pipeline = Path(file), run.pipeline
+    path, pipeline = run.config.parent / file, run.pipeline
     with Image.open(path) as picture:
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
     size = tuple(pixels.shape[2:])
