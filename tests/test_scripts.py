@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("quickstart", "test", "check", "fix", "verify-real")
+NAMES = ("quickstart", "test", "check", "fix", "audit", "verify-real")
 RUNNABLE = [*(f"scripts/{name}" for name in NAMES), ".ci/run"]
 BASH = shutil.which("bash") or "/bin/bash"
 
@@ -65,6 +65,45 @@ def test_a_newer_python_beside_an_old_one_is_found(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert done.stdout.strip() == str(tmp_path / "python3.12")
     assert done.stderr == ""
+
+
+def audit_with(folder: Path, *, code: int, pin: str) -> list[str]:
+    """Runs a copy of scripts/audit with a stand-in for pip-audit; the calls that it took down."""
+    shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=lambda *_: ["benchmark"])
+    shutil.copy(ROOT / "constraints.txt", folder)
+    tools = folder / "build" / "audit"
+    (tools / "bin").mkdir(parents=True)
+    (tools / "installed").write_text(f"{pin}\n")
+    calls = folder / "calls"
+    for path in (tools / "bin" / "pip-audit", tools / "bin" / "python", folder / "python3"):
+        path.write_text(f'#!/bin/sh\necho "{path.name} $*" >>{calls}\nexit {code}\n')
+        path.chmod(0o755)
+    done = subprocess.run(
+        [folder / "scripts" / "audit", "--format", "json"],
+        env={"PATH": f"{folder}:/usr/bin:/bin"},
+        capture_output=True,
+    )
+    assert done.returncode == code
+    return calls.read_text().splitlines()
+
+
+PINS = (ROOT / "constraints.txt").read_text().splitlines()
+PIN = next(line for line in PINS if line.startswith("pip-audit=="))
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_an_audit_looks_at_every_pin_and_ends_as_it_found(tmp_path: Path, code: int) -> None:
+    (call,) = audit_with(tmp_path, code=code, pin=PIN)
+    expected = "--requirement constraints.txt --no-deps --disable-pip --strict --format json"
+    assert call == f"pip-audit {expected}"
+
+
+def test_an_audit_by_another_version_makes_its_tools_anew(tmp_path: Path) -> None:
+    calls = audit_with(tmp_path, code=0, pin="pip-audit==1.0")
+    made, installed, audited = [call for call in calls if not call.startswith("python3 -c")]
+    assert made == "python3 -m venv --clear build/audit"
+    assert installed.startswith("python -m pip") and installed.endswith(PIN)
+    assert audited.startswith("pip-audit ")
 
 
 def test_one_lock_file_pins_everything_exactly() -> None:
