@@ -1,19 +1,21 @@
 """`eri train`: a config to a finished adapter, and on from wherever an earlier try got to."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import TypeVar
 
-import torch
 from PIL import Image
 from rich.console import Console
 
 from eri.config import Config, dump_config
 from eri.diffusion import NoiseSchedule
-from eri.files import atomic_write, require_space
+from eri.errors import EriError, MemoryLimitError
+from eri.files import atomic_write
 from eri.formats.metadata import Folder, adapter_metadata, data_metadata
 from eri.models.unet import UNet
 from eri.run import checkpoints
-from eri.run.adapter_files import CONFIG, finished_adapter, is_finished, shapes_of, write_verified
+from eri.run.adapter_files import CONFIG, finished_adapter, is_finished, shapes_of
 from eri.run.backend import start_backend
 from eri.run.base import BaseFacts, look_at
 from eri.run.clock import Clock
@@ -21,7 +23,8 @@ from eri.run.dataset import Images, look_at_images
 from eri.run.device import unusable_card
 from eri.run.encoding import Encoder
 from eri.run.folder import hold
-from eri.run.identity import identity_of, resolved
+from eri.run.halving import Halving
+from eri.run.identity import identity_of, made_with, resolved
 from eri.run.loader import Loader, worker_count
 from eri.run.memory import memory_errors
 from eri.run.micro_batch import Sample
@@ -30,6 +33,7 @@ from eri.run.plan import RunPlan, plan_run
 from eri.run.prediction import Choice, Subjects, choose, recorded, schedule_of, settle
 from eri.run.rates import remember_rate
 from eri.run.samples import Steps
+from eri.run.saves import Saves
 from eri.run.stop import StopSignals
 from eri.run.validation import Validation
 from eri.train import Log, cut, say
@@ -37,7 +41,7 @@ from eri.train import train as train_loop
 
 __all__ = ["train", "train_held"]
 
-BYTES_OF_A_STATE = 12  # of a trained number: itself and AdamW's two moments, in float32
+Found = TypeVar("Found")
 
 
 def train(
@@ -84,10 +88,12 @@ def train_held(
         choice = choose(config.model, facts.hint)
         with clock("checking images"):
             images = look_at_images(config, facts, console, stop.raise_if_stopped)
+        checkpoint = checkpoints.newest(config.output, lambda line: say(console, line))
+        before = None if checkpoint is None else checkpoint.made_with
         with clock("planning"):
-            plan = plan_run(config, facts, choice, images, dry_run=dry_run)
+            plan = plan_run(config, facts, choice, images, dry_run=dry_run, made_with=before)
         run = _Run(config, console, facts, images, plan, clock=clock)
-        checkpoint = run.look_back(allow_change)
+        run.look_back(checkpoint, allow_change)
         if not dry_run and not run.go(checkpoint, stop):
             stop.raise_if_stopped()
 
@@ -115,6 +121,14 @@ class _Run:
         self.resumed = False
         self.clock = clock
         self.layers = shapes_of(facts.spec)
+        self.made_with = made_with(plan.device) | plan.memory.record
+        self.saves = Saves(
+            folder=self.folder,
+            keep=config.save.keep,
+            layers=self.layers,
+            made_with=self.made_with,
+            say=self.say,
+        )
         with clock("hashing the model"):
             self.identity = identity_of(config, facts, images, plan)
 
@@ -122,19 +136,27 @@ class _Run:
         """Print lines for people."""
         say(self.console, text)
 
-    def look_back(self, allow_change: frozenset[str]) -> checkpoints.Checkpoint | None:
-        """Tell the plan, and where an earlier session got to; nothing is written.
+    def look_back(
+        self, checkpoint: checkpoints.Checkpoint | None, allow_change: frozenset[str]
+    ) -> None:
+        """Tell the plan, and what has changed since an earlier session; nothing is written.
 
         Raises:
             ConfigError: that session had other settings.
         """
         self.say("\n".join(self.plan.lines))
-        checkpoint = checkpoints.newest(self.folder, self.say)
         if checkpoint is not None:
             self.resumed = True
             self._take(recorded(self.choice, checkpoint.identity))
-            checkpoints.refuse_changes(checkpoint, self.identity, allow_change)
-        return checkpoint
+            changed = checkpoints.refuse_changes(
+                checkpoint,
+                self.identity,
+                allow_change,
+                made_with=self.made_with,
+                exact=self.config.train.deterministic,
+            )
+            if changed:
+                self.say(f"note: not bit by bit the same from here: {'; '.join(changed)}")
 
     def _take(self, choice: Choice) -> None:
         """Take the base model for this from now on."""
@@ -189,11 +211,13 @@ class _Run:
         with self.clock("loading"):
             parts = build(self.config, self.plan, self.facts, encoded, settle=self._settle)
         examples = self.images.examples(self.plan.size)  # now: hours later they may be gone
-        size = sum(p.numel() for p in parts.adapter.parameters()) * BYTES_OF_A_STATE
-        require_space(self.folder, size * (self.config.save.keep + 1))
+        loop, numbers = self.plan.loop, parts.state.flat.master.numel()
         if checkpoint is not None:
             checkpoints.load(checkpoint, parts.state, parts.adapter, self.layers)
             self.say(f"going on from step {checkpoint.step}")
+            self.saves.keep_adapter(parts.state, parts.adapter, self._metadata(checkpoint.step))
+        left = loop.steps - parts.state.step
+        self.saves.require_space(numbers, steps=left, every=loop.save_every)
         self._train(parts, batches, stop)
         finished = not stop() and self._finish(parts, examples, stop)
         if not finished:
@@ -226,20 +250,20 @@ class _Run:
         log_file = self.folder / "log.jsonl"
         cut(log_file, state.step)
         if self.images.validation.items:
-            with self.clock("validation"), parts.workspace():
-                before = self._validation(parts).before()
-            self.say(f"held-out loss {before.mean:.4f} at the start")
+            before = self._beside(parts, "validation", self._validation(parts).before)
+            if before is not None:
+                self.say(f"held-out loss {before.mean:.4f} at the start")
         if self.plan.loop.sample_every and state.step == 0:
             self.say("drawing the previews of the base model")
             self._draw(parts, 0, stop)
 
         steps = self.plan.loop.steps
         with Log(log_file, steps=steps, step=state.step, console=self.console) as log:
-            with self.clock("training"):
+            with self.clock("training"), self._with_last_good():
                 train_loop(
                     self.plan.loop,
                     state,
-                    step=parts.step,
+                    step=self._halving(parts),
                     batches=batches,
                     log=log,
                     sample=lambda step: self._draw(parts, step, stop),
@@ -255,24 +279,44 @@ class _Run:
         images = self.images.validation.fingerprint
         return Validation(self.folder, parts, images, at_once=self.plan.memory.without_gradients)
 
+    def _halving(self, parts: Parts) -> Halving:
+        memory = self.plan.memory
+
+        def halved(at_once: int) -> None:
+            self.made_with |= replace(memory, halved=at_once).record
+
+        return Halving(
+            parts.step, mode=memory.mode, at_once=memory.halved, say=self.say, halved=halved
+        )
+
+    @contextmanager
+    def _with_last_good(self) -> Iterator[None]:
+        """What ends training names the checkpoint that the same command goes on from."""
+        try:
+            with memory_errors():
+                yield
+        except EriError as error:
+            last = checkpoints.newest(self.folder)
+            good = "nothing is saved" if last is None else f"{last.path.name} is the last good one"
+            error.hint = good if error.hint is None else f"{error.hint}; {good}"
+            raise
+
+    def _beside(self, parts: Parts, what: str, work: Callable[[], Found]) -> Found | None:
+        """Do what a run does beside training; without memory for it, warn and go on without."""
+        with suppress(MemoryLimitError), memory_errors(), self.clock(what), parts.workspace():
+            return work()
+        parts.step.make_room()
+        self.say(f"warning: step {parts.state.step}: {what} left out: out of memory")
+        return None
+
     def _draw(self, parts: Parts, step: int, stop: Callable[[], bool]) -> None:
-        with self.clock("previews"), parts.workspace():
-            parts.previews.draw(step, stop)
+        self._beside(parts, "previews", lambda: parts.previews.draw(step, stop))
 
     def _save(self, parts: Parts) -> None:
-        """Write an adapter of this step and the state, then delete old states."""
-        with self.clock("saving"):
-            self._save_all(parts)
-
-    def _save_all(self, parts: Parts) -> None:
+        """Write the state and an adapter of this step, then delete old states."""
         metadata = self._metadata(parts.state.step)
-        name = f"{finished_adapter(self.folder).stem}-{parts.state.step:06}.safetensors"
-        if not (self.folder / "adapters" / name).exists():
-            self._write_adapter(parts, self.folder / "adapters" / name, metadata)
-        checkpoints.save(
-            self.folder, parts.state, parts.adapter, identity=self.identity, metadata=metadata
-        )
-        checkpoints.prune(self.folder, self.config.save.keep)
+        with self.clock("saving"):
+            self.saves.save(parts.state, parts.adapter, identity=self.identity, metadata=metadata)
 
     def _finish(
         self, parts: Parts, examples: Sequence[Image.Image], stop: Callable[[], bool]
@@ -280,33 +324,24 @@ class _Run:
         """Measure and show what was learned, then write the finished adapter, last of all."""
         step = parts.state.step
         if self.images.validation.items:
-            with self.clock("validation"), parts.workspace():
-                self.say(self._validation(parts).compare())
+            compared = self._beside(parts, "validation", self._validation(parts).compare)
+            if compared is not None:
+                self.say(compared)
         sheet = None
         if self.plan.loop.sample_every:
-            with self.clock("previews"), parts.workspace():
-                sheet = parts.previews.sheet(step, examples, stop)
-            if sheet is None:
+            sheet = self._beside(
+                parts, "previews", lambda: parts.previews.sheet(step, examples, stop)
+            )
+            if sheet is None and stop():
                 return False
         path = finished_adapter(self.folder)
         with self.clock("saving"):
-            self._write_adapter(parts, path, self._metadata(step))
+            self.saves.write(parts.adapter, path, self._metadata(step))
         self.say(f"time     {self.clock.told()}")
         self.say(f"adapter  {path}")
         if sheet is not None:
             self.say(f"picture  {sheet}")
         return True
-
-    def _write_adapter(self, parts: Parts, path: Path, metadata: dict[str, str]) -> None:
-        path.parent.mkdir(exist_ok=True)
-        write_verified(
-            parts.adapter.pairs(),
-            path,
-            dialect="kohya",
-            dtype=torch.float16,
-            metadata=metadata,
-            layers=self.layers,
-        )
 
     def _metadata(self, step: int) -> dict[str, str]:
         metadata = adapter_metadata(
