@@ -1,9 +1,12 @@
 """Adapter files of every dialect, in and out; a file is used whole or not at all."""
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +62,7 @@ SHA256, KOHYA_SHA256 = "modelspec.hash_sha256", "sshs_model_hash"  # of the data
 WRITER = "modelspec.implementation_version"
 SHOWN = 5  # problems listed in a message
 
+OTHER_FAMILY = "was it made for another family of models?"
 FOREIGN_PARTS = (  # in a key that no module has, what it tells
     ("lora_te", "it adapts the text encoder too; eri adapts the U-Net alone"),
     ("text_encoder", "it adapts the text encoder too; eri adapts the U-Net alone"),
@@ -68,8 +72,12 @@ FOREIGN_PARTS = (  # in a key that no module has, what it tells
     ("lokr_", "it is a LoKr; plain LoRA is read"),
     ("lora_mid", "it is a LoCon with a Tucker core; plain LoRA is read"),
     ("bundle_emb", "it carries embeddings; plain LoRA is read"),
-    ("", "was it made for another family of models?"),
+    ("", OTHER_FAMILY),
 )
+FOREIGN_PART = re.compile(
+    r"\.(?=(lora_|lora\.|alpha$|dora_|hada_|lokr_|oft_|diff(_b)?$|default\.))|_lora\."
+)
+"""Between the name of a module and what is told of it, in keys of any kind of adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +113,9 @@ def read_adapter(path: Path, modules: Shapes) -> AdapterFile:
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         problems = [f"{name}: NaN or infinite" for name in broken]
-        raise _refused(file, "tensors that are not finite", problems, "use another version of it")
+        whole = sum(not set(broken) & set(parts.values()) for parts in found.values())
+        what, hint = "tensors that are not finite", "use another version of it"
+        raise _refused(file, what, problems, hint, fit=(whole, len(found)))
     pairs = {
         module: _pair(
             file, config, module, shape, {p: tensors[k] for p, k in found[module].items()}
@@ -257,7 +267,9 @@ def _assign(file: Path, header: Header, table: KeyTable) -> Found:
     found, unknown, twice = _sorted(header, table)
     if unknown:
         hint = next(hint for part, hint in FOREIGN_PARTS if any(part in key for key in unknown))
-        raise _refused(file, "keys that belong to no module of this model", unknown, hint)
+        known, others = _modules(header.tensors.keys() & table.keys()), _modules(unknown)
+        what = "keys that belong to no module of this model"
+        raise _refused(file, what, unknown, hint, fit=(len(known - others), len(known | others)))
     half = [
         f"{next(iter(parts.values()))}: its {part} matrix is missing"
         for parts in found.values()
@@ -265,20 +277,26 @@ def _assign(file: Path, header: Header, table: KeyTable) -> Found:
         if part not in parts
     ]
     if twice or half:
-        raise _refused(file, "pairs that are not whole", twice + half, "download it again")
+        places = Counter(table[key] for key in header.tensors)
+        whole = {module for module, parts in found.items() if {"down", "up"} <= parts.keys()}
+        whole -= {module for (module, _), count in places.items() if count > 1}
+        fit, hint = (len(whole), len(found)), "download it again"
+        raise _refused(file, "pairs that are not whole", twice + half, hint, fit=fit)
     return found
+
+
+def _modules(keys: Iterable[str]) -> set[str]:
+    """The modules that keys of any kind of adapter are about, by the file's own names."""
+    return {FOREIGN_PART.split(key, maxsplit=1)[0] for key in keys}
 
 
 def _require_fit(file: Path, header: Header, found: Found, modules: Shapes) -> None:
     """Types and shapes, out of the header: nothing is read for a file that does not fit."""
-    problems = [
-        problem
-        for module, parts in found.items()
-        for problem in _misfits(header, parts, modules[module])
-    ]
-    if problems:
-        hint = "was it made for another family of models?"
-        raise _refused(file, "tensors that do not fit this model", problems, hint)
+    by_module = [_misfits(header, parts, modules[module]) for module, parts in found.items()]
+    if any(by_module):
+        what, hint = "tensors that do not fit this model", OTHER_FAMILY
+        fit = (by_module.count([]), len(found))
+        raise _refused(file, what, list(chain.from_iterable(by_module)), hint, fit=fit)
 
 
 def _require_written_bytes(file: Path, header: Header) -> None:
@@ -355,9 +373,12 @@ def _pair(
     )
 
 
-def _refused(file: Path, what: str, problems: Sequence[str], hint: str) -> ModelError:
+def _refused(
+    file: Path, what: str, problems: Sequence[str], hint: str, *, fit: tuple[int, int]
+) -> ModelError:
+    fitting, all_modules = fit
     return ModelError(
-        f"the adapter has {len(problems)} {what}",
+        f"the adapter has {len(problems)} {what}; {fitting} of its {all_modules} modules fit",
         where=printable(file),
         hint=hint,
         problems=first_few(problems),

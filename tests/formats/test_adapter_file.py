@@ -473,6 +473,29 @@ def test_the_hint_says_what_foreign_keys_are(
     assert hint in (refused.value.hint or "")
 
 
+@pytest.mark.parametrize(
+    ("change", "fit"),
+    [
+        ({"lora_unet_nothing.alpha": torch.ones(())}, "2 of its 3"),
+        ({"lora_unet_nothing.alpha": torch.ones(()), "foreign": torch.ones(1)}, "2 of its 4"),
+        ({f"{KOHYA}.dora_scale": torch.ones(1)}, "1 of its 2"),
+        ({f"{KOHYA}.dora_scale": torch.ones(1), f"{KOHYA}.hada_w1_a": torch.ones(1)}, "1 of its 2"),
+        ({f"{KOHYA}.lora_up.weight": None}, "1 of its 2"),
+        ({f"{KOHYA}.lora_up.weight": UP[:, :1].contiguous()}, "1 of its 2"),
+        ({f"{KOHYA}.lora_up.weight": UP * torch.nan}, "1 of its 2"),
+        ({key.replace("_q", "_z"): value for key, value in whole().items()}, "2 of its 3"),
+    ],
+)
+def test_what_fits_is_counted(
+    tmp_path: Path, modules: Modules, change: dict[str, Tensor | None], fit: str
+) -> None:
+    other = {key.replace("to_q", "to_out_0"): tensor for key, tensor in whole().items()}
+    kept = {k: t.clone() for k, t in (whole() | other | change).items() if t is not None}
+    save_file(kept, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match=f"; {fit} modules fit"):
+        read_adapter(tmp_path / "a.safetensors", modules)
+
+
 def test_many_problems_are_counted_and_five_shown(tmp_path: Path, modules: Modules) -> None:
     path = tmp_path / "a.safetensors"
     save_file(whole() | {f"\x1b{i}": torch.ones(1) for i in range(9)}, path)

@@ -104,6 +104,7 @@ def test_a_lora_of_every_dialect_is_an_adapter(sd15_real: Path, tmp_path: Path) 
         write_adapter(pairs, path, dialect=dialect, metadata={})
         facts = inspect_path(path)
         assert (facts["kind"], facts["format"], facts["modules"]) == ("adapter", dialect, 192)
+        assert facts["matched"] == "192 of 192 modules"
 
 
 def test_tensors_of_a_lora_in_a_model_do_not_make_it_one(sd15_real: Path, tmp_path: Path) -> None:
