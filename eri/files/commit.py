@@ -31,6 +31,7 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
+DIGEST = "sha256"  # of the manifest itself
 STAGING_PREFIX = ".staging-"
 
 
@@ -112,7 +113,11 @@ def remove_folder(folder: Path) -> None:
     with disk_errors(folder):
         going = folder.with_name(f"{STAGING_PREFIX}{folder.name}-{secrets.token_hex(4)}")
         folder.rename(going)
-        sync_folder(folder.parent)  # the disk must not lose files before it loses the name
+        try:
+            sync_folder(folder.parent)  # the disk must not lose files before it loses the name
+        except OSError:
+            going.rename(folder)
+            raise
         shutil.rmtree(going)
 
 
@@ -153,8 +158,16 @@ def _write_manifest(staging: Path, identity: Mapping[str, Any]) -> None:
         entry = FileEntry(size=path.stat().st_size, sha256=sha256(path))
         files[path.relative_to(staging).as_posix()] = asdict(entry)
     content = {"format": MANIFEST_FORMAT, "identity": dict(identity), "files": files}
+    content["complete"] = True
+    content[DIGEST] = _digest(content)
     with atomic_write(staging / MANIFEST) as file:
-        file.write(json.dumps(content | {"complete": True}, indent=2, allow_nan=False).encode())
+        file.write(json.dumps(content, indent=2, allow_nan=False).encode())
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest, in hex, without the field that holds it."""
+    rest = {key: value for key, value in content.items() if key != DIGEST}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -164,6 +177,8 @@ def _read_manifest(folder: Path) -> Manifest:
             content = json.loads(path.read_bytes())
         if content["format"] != MANIFEST_FORMAT or content["complete"] is not True:
             raise ValueError(f"format {content['format']!r}")
+        if content.get(DIGEST, _digest(content)) != _digest(content):  # older ones have none
+            raise ValueError("it is not what was written (SHA-256)")
         files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
         return Manifest(identity=dict(content["identity"]), files=files)
     except (DiskError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

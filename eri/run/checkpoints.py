@@ -156,7 +156,7 @@ def newest(run: Path, say: Callable[[str], None] = lambda text: None) -> Checkpo
         try:
             return read(path)
         except EriError as error:
-            say(f"warning: {path.name} is not used: {error}")
+            say("\n  ".join((f"warning: {path.name} is not used: {error}", *error.problems)))
     return None
 
 
@@ -169,12 +169,15 @@ def read(path: Path) -> Checkpoint:
     manifest = verify_folder(path)
     try:
         numbers = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if NAME.fullmatch(path.name) and numbers["step"] != _step(path):
+            raise ValueError(f"it is of step {numbers['step']}")
         identity = dict(manifest.identity)
         made_with = dict(identity.pop(MADE_WITH, {}))
         return Checkpoint(path, int(numbers["step"]), numbers, identity, made_with)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         where = printable(path / STATE)
-        raise ModelError("the checkpoint's state cannot be read", where=where) from error
+        what = f"the checkpoint's state cannot be used: {printable(str(error))}"
+        raise ModelError(what, where=where) from error
 
 
 def load(
