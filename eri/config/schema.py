@@ -5,6 +5,7 @@ in the documentation. A setting is here when the program does what it says, not 
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,10 @@ __all__ = [
 TARGETS = ("attn", "ff", "proj")
 """The groups of modules that `adapter.targets` may name."""
 
+NOWHERE_ELSE = re.compile(
+    r"""[<>:"|?*\\]|[. ]$|(?i:^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\.|$))"""
+)
+"""In names that Windows, and a disk that is carried there, refuses or takes for a device."""
 MAX_NAME_BYTES = 100  # file systems take 255, and the names of files are longer than the folder's
 
 
@@ -56,6 +61,11 @@ def _named_folder(value: Path) -> Path:
         raise ValueError(
             f"a folder whose name, which becomes the adapter's, has at most {MAX_NAME_BYTES} bytes "
             "and does not begin with -"
+        )
+    if NOWHERE_ELSE.search(value.name):
+        raise ValueError(
+            "a folder whose name, which becomes the adapter's, other systems take, too: without "
+            r"""any of < > : " | ? * \, no device's name like CON, no dot or space at its end"""
         )
     return value
 

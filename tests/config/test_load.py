@@ -104,6 +104,10 @@ BAD = [
     ("output: ..", "3:1", "output is '..'", ""),
     ("output: runs/-rf", "3:1", "output is 'runs/-rf'; allowed: a folder whose name", ""),
     ("output: runs/" + "狐" * 34, "3:1", "has at most 100 bytes", ""),
+    *(
+        (f"output: '{name}'", "3:1", "other systems take, too: without any of < > : ", "")
+        for name in ("runs/a:b", "C:\\runs", "what?", "a|b", "CON", "runs/nul.v2", "a.", "a ")
+    ),
     ("output: ''", "3:1", "output is ''; allowed: a path", ""),
     ("output: ~/runs", "3:1", "output is '~/runs'; allowed: the whole path", ""),
     ('output: "C:\\new"', "3:1", "output is 'C:\\x0aew'; allowed: a path in single quotes", ""),
