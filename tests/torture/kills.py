@@ -21,7 +21,7 @@ from tests.torture.sessions import Ended, ForkServer, Session
 from tests.torture.victims import is_whole
 from tests.torture.workload import STEPS, Workload, logged_steps
 
-__all__ = ["Kills", "caching", "checkpointing", "exporting", "replacing", "training"]
+__all__ = ["Kills", "caching", "checkpointing", "exporting", "replacing", "stopping", "training"]
 
 VICTIMS = "tests.torture.victims"
 Begin = Callable[[int], Session]
@@ -152,6 +152,36 @@ def training(
         counted.finished += ended.out.count("saved ")
         counted.in_a_write += any(map(_debris, (workload.run, workload.run / "adapters")))
     ended = begin(kills).wait()
+    assert ended.code == 0, ended.err
+    assert_invariants(workload.run, ended, before=seen)
+    return counted
+
+
+def stopping(workload: Workload, begin: Begin, *, stops: int, seed: int) -> Kills:
+    """S1: a whole run, asked to stop at random moments; no step that was done is lost.
+
+    Args:
+        workload: that nobody trained.
+        begin: begins its sessions.
+        stops: how many, by SIGTERM and SIGINT in turn.
+        seed: of their moments.
+    """
+    draw, seen, counted = random.Random(seed), Seen(), Kills()
+    for number in range(stops):
+        asked = (signal.SIGTERM, signal.SIGINT)[number % 2]
+        target = seen.step + draw.randint(1, (STEPS - seen.step) // (stops - number + 1))
+        session = begin(number)
+        grew = session.wait_for(lambda least=target: _last_step(workload.run) >= least)
+        assert grew, f"the session ended by itself:\n{session.out}{session.err}"
+        time.sleep(draw.uniform(0, 0.2))
+        session.kill(asked)
+        ended = session.wait(patience=20)
+        assert ended.code == 128 + asked, ended.err
+        seen = assert_invariants(workload.run, ended, before=seen)
+        assert seen.step == _last_step(workload.run), "a step that was done is not saved"
+        counted.kills += 1
+        counted.finished += ended.out.count("saved ")
+    ended = begin(stops).wait()
     assert ended.code == 0, ended.err
     assert_invariants(workload.run, ended, before=seen)
     return counted
