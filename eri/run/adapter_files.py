@@ -15,6 +15,7 @@ from eri.formats.adapter_file import (
     Shapes,
     implied_shapes,
     read_adapter,
+    underflow,
     write_adapter,
 )
 from eri.models.spec import SD15, SD21, SDXL
@@ -29,11 +30,13 @@ __all__ = [
     "holds",
     "is_finished",
     "layers_in",
+    "lost_line",
     "shapes_of",
     "write_verified",
 ]
 
 CONFIG = "config.yaml"  # of a run, and what makes a folder one
+LOST_SHARE_TOLD = 0.01  # of an adapter's numbers becoming zero in the smaller type
 SECOND_LAYER = re.compile(r"down\.\d\.layers\.1\..+|up\.\d\.layers\.2\..+")
 
 
@@ -140,6 +143,20 @@ def find_adapter(source: Path) -> Path:
             "no such file or folder", where=printable(source), hint="name a run or an adapter file"
         )
     return source
+
+
+def lost_line(pairs: Mapping[str, LoRAPair], dtype: torch.dtype, *, kept_by: str) -> str | None:
+    """A warning where more than a few numbers are too small for a type; None where not.
+
+    Args:
+        pairs: what is written.
+        dtype: in which.
+        kept_by: what writes them all.
+    """
+    lost = underflow(pairs, dtype)
+    if lost <= LOST_SHARE_TOLD:
+        return None
+    return f"warning: {100 * lost:.1f} % of its numbers became 0; {kept_by} keeps them"
 
 
 def write_verified(

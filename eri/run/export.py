@@ -4,16 +4,15 @@ from pathlib import Path
 
 import torch
 
-from eri.formats.adapter_file import Dialect, read_adapter, underflow
+from eri.formats.adapter_file import Dialect, read_adapter
 from eri.formats.metadata import without_data
 from eri.printable import printable
-from eri.run.adapter_files import find_adapter, layers_in, write_verified
+from eri.run.adapter_files import find_adapter, layers_in, lost_line, write_verified
 from eri.run.folder import refuse_existing
 
 __all__ = ["export"]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-LOST_SHARE_TOLD = 0.01  # of an adapter's numbers becoming zero in the smaller type
 
 
 def export(source: Path, output: Path, *, dialect: Dialect, precision: str, overwrite: bool) -> str:
@@ -49,7 +48,5 @@ def export(source: Path, output: Path, *, dialect: Dialect, precision: str, over
         layers=layers,
     )
     said = f"{printable(output)}: {len(adapter.pairs)} modules, {dialect} names, {precision}"
-    lost = underflow(adapter.pairs, DTYPES[precision])
-    if lost > LOST_SHARE_TOLD:
-        said += f"\nwarning: {100 * lost:.1f} % of its numbers became 0; --dtype fp32 keeps them"
-    return said
+    lost = lost_line(adapter.pairs, DTYPES[precision], kept_by="--dtype fp32")
+    return said if lost is None else f"{said}\n{lost}"

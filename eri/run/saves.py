@@ -10,7 +10,7 @@ from eri.adapters import Adapter
 from eri.files import require_space
 from eri.formats.adapter_file import Shapes
 from eri.run import checkpoints
-from eri.run.adapter_files import finished_adapter, holds, write_verified
+from eri.run.adapter_files import finished_adapter, holds, lost_line, write_verified
 from eri.train import TrainState
 
 __all__ = ["Saves"]
@@ -90,6 +90,9 @@ class Saves:
 
     def write(self, adapter: Adapter, path: Path, metadata: Mapping[str, str]) -> None:
         """Write an adapter for people, and read it back."""
+        lost = lost_line(adapter.pairs(), DTYPE, kept_by="eri export-lora --dtype fp32")
+        if lost is not None:
+            self.say(f"{lost} ({path.name})")
         path.parent.mkdir(exist_ok=True)
         write_verified(
             adapter.pairs(),

@@ -11,14 +11,19 @@ import pytest
 import torch
 
 from eri.adapters import Adapter, attach
+from eri.config import load_config
 from eri.diffusion import NoiseSchedule
-from eri.errors import NonFiniteError
+from eri.errors import NonFiniteError, Stopped
+from eri.formats.tensors import load_tensors
 from eri.layers.adamw import Control
 from eri.models import load_unet
 from eri.models.arrange import RECOMPUTE, arrange
 from eri.models.unet import UNetSpec
+from eri.run.halving import Halving
 from eri.run.objective import Objective, Sample, SampleBatch
+from eri.run.train import train
 from eri.train import Graphs, Pending, Step, StepNumbers, TrainState, Workspace
+from tests.run.conftest import Screen, stop_after, write_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -216,3 +221,102 @@ def test_a_step_that_is_not_finite_changes_nothing_nor_do_those_after_it(
     after = session.result()
     assert after[0] == before[0] | {"step": 9}
     assert all(torch.equal(a, b) for a, b in zip(after[1], before[1], strict=True))
+
+
+def test_a_step_without_memory_goes_on_in_halves_and_is_recorded_again(
+    sdxl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit what it is where it was so divided from that step on."""
+    short, divided = begin(sdxl, torch.bfloat16), begin(sdxl, torch.bfloat16)
+    said: list[str] = []
+    halving = Halving(short.step, mode="auto", at_once=None, say=said.append, halved=lambda n: None)
+    assert short.step.graphs is not None
+    numbers = [session.learn(range(STEPS)) for session in (short, divided)]
+    assert len(short.step.graphs) == 2 * len(SHAPES)
+    replay = Graphs.__call__
+
+    def full(self: Graphs, run: Any, inputs: Any) -> None:
+        """The second micro-batch does not fit; the gradients of the first are there by then."""
+        if len(inputs["mean"]) > 1 and run == short.step._run_and_update:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        replay(self, run, inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Graphs, "__call__", full)
+        for at in range(STEPS, 2 * STEPS):
+            numbers[0].append(halving(batches(short.spec, at), 1e-2).result())
+            short.state.step += 1
+    assert len(said) == 1
+    assert len(short.step.graphs) == 2 * len(SHAPES)  # of the halves
+    for at in range(STEPS, 2 * STEPS):
+        parts = [part for batch in batches(divided.spec, at) for part in batch.parts(1)]
+        numbers[1].append(divided.step(parts, 1e-2).result())
+        divided.state.step += 1
+    same(short, divided, numbers)
+
+
+def test_what_the_graphs_held_is_given_back(sdxl: Path) -> None:
+    session = begin(sdxl, torch.bfloat16)
+    session.learn(range(6))
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    session.step.make_room()
+    assert torch.cuda.memory_reserved() < before
+    assert session.step.graphs is not None and len(session.step.graphs) == 0
+    straight = begin(sdxl, torch.bfloat16)
+    straight.learn(range(6))
+    same(session, straight, [s.learn(range(6, STEPS)) for s in (session, straight)])
+
+
+def digest(run: Path) -> dict[str, bytes]:
+    """The bytes of all that the newest checkpoint of a run holds."""
+    newest = max(run.glob("checkpoint-*"))
+    tensors = {
+        f"{file}:{name}": tensor.numpy().tobytes()
+        for file in ("adapter.safetensors", "optimizer.safetensors")
+        for name, tensor in load_tensors(newest / file).items()
+    }
+    return tensors | {"state": (newest / "state.json").read_bytes()}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_deterministic_run_that_was_stopped_ends_bit_by_bit_as_one_that_was_not(
+    sdxl: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Any,
+    precision: str,
+) -> None:
+    """40 steps of the whole command, with graphs, cut after 17; another seed ends elsewhere."""
+    monkeypatch.setenv("ERI_CACHE", str(tmp_path / "cache"))
+    recorded: list[int] = []
+    record = Graphs._record
+
+    def counted(self: Graphs, *given: Any) -> Any:
+        recorded.append(1)
+        return record(self, *given)
+
+    monkeypatch.setattr(Graphs, "_record", counted)
+    train_settings = {"deterministic": True, "precision": precision}
+    config = change(
+        load_config(write_config(tmp_path, sdxl, steps=40)),
+        adapter={"dropout": 0.0},
+        train=train_settings,
+        sample={"every": 0},
+    )
+
+    def run(name: str, **settings: object) -> Path:
+        mine = change(config, output=tmp_path / name, train=train_settings | settings)
+        train(mine, Screen().console)
+        return mine.output
+
+    straight, other = run("straight"), run("other", seed=1)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 17)
+        with pytest.raises(Stopped):
+            run("stopped")
+    assert max((tmp_path / "stopped").glob("checkpoint-*")).name == "checkpoint-000017"
+    assert digest(run("stopped")) == digest(straight)
+    assert digest(straight) != digest(other)
+    assert recorded

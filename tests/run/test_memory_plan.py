@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -17,6 +18,7 @@ from eri.run.memory_plan import (
     Batch,
     MemoryPlan,
     free_memory,
+    keep_plan,
     plan_memory,
     reserved,
     shown_size,
@@ -261,3 +263,43 @@ def test_sizes_for_people() -> None:
         "10 MiB",
         "1.5 GiB",
     ]
+
+
+def kept(free: float | None, record: dict[str, object], images: int = 4) -> MemoryPlan:
+    return keep_plan(planned(free, images=images), Batch([(images, 1.0)]), sdxl, record)
+
+
+@pytest.mark.parametrize("free", [10, 24, 80])
+def test_an_earlier_plan_is_taken_again_though_another_is_faster(free: float) -> None:
+    before = replace(planned(9), halved=1)
+    assert way(before) != way(planned(24))
+    again = kept(free, json.loads(json.dumps(before.record)))
+    assert again.record == before.record and again.fits
+    assert again.needed == before.needed and again.free == int(free * GIB)
+
+
+def test_one_that_does_not_fit_any_more_is_refused() -> None:
+    with pytest.raises(MemoryLimitError, match="4 at once, lean blocks, nothing recomputed") as no:
+        kept(12, planned(24).record)
+    assert "12.0 GiB are free" in str(no.value)
+    assert "--allow-change train.deterministic" in str(no.value.hint)
+
+
+def test_without_a_gpu_it_is_taken_as_it_is() -> None:
+    assert kept(None, planned(9).record).record == planned(9).record
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"memory.mode": "small"},
+        {"memory.at_once": 0},
+        {"memory.at_once": "4"},
+        {"memory.halved": -1},
+        {"memory.recompute": "everything"},
+        None,
+    ],
+)
+def test_what_is_no_plan_of_this_setting_is_not_kept(change: dict[str, object] | None) -> None:
+    record = {} if change is None else planned(9).record | change
+    assert kept(24, record) == planned(24)

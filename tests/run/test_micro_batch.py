@@ -68,3 +68,11 @@ def test_it_comes_through_pinned_memory_onto_a_gpu() -> None:
 def test_every_tensor_of_a_sample_travels() -> None:
     tensors = [field.name for field in fields(Sample) if "Tensor" in str(field.type)]
     assert sorted(tensors) == sorted(TENSORS)
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(1, [1, 1]), (2, [2]), (3, [2])])
+def test_a_batch_in_parts_is_the_same_samples(size: int, sizes: list[int]) -> None:
+    parts = BATCH.parts(size)
+    assert [len(part) for part in parts] == sizes
+    samples = [sample for part in parts for sample in part.samples]
+    assert_same(SampleBatch(samples, [n for part in parts for n in part.numbers]), BATCH)

@@ -235,3 +235,14 @@ def test_micro_batches_learn_what_the_whole_batch_does(sd15: Path) -> None:
     whole = gradient(slice(4))
     assert whole.norm() > 0
     torch.testing.assert_close(gradient(slice(1), slice(1, 4)), whole)
+
+
+def test_what_is_told_of_a_batch_is_what_was_drawn_and_holds_none_of_it(
+    objective: Objective,
+) -> None:
+    batch = SampleBatch(SAMPLES, range(10, 14))
+    told = objective.told(batch)
+    timesteps = objective.draw(batch)["timesteps"].tolist()
+    assert told() == [f"{n}, timestep {t}" for n, t in enumerate(timesteps)]
+    held = [cell.cell_contents for cell in told.__closure__ or ()]  # type: ignore[attr-defined]
+    assert not any(isinstance(one, SampleBatch | Sample | torch.Tensor) for one in held)

@@ -179,3 +179,21 @@ def test_asked_to_stop_it_draws_no_further_and_makes_no_sheet(previews: Previews
     path = previews.sheet(4, [Image.new("RGB", (8, 8))], never)
     assert path is not None and path.is_file()
     assert len(files(previews)) == 5
+
+
+@pytest.mark.parametrize("part", ["sample", "VAE.decode"])
+@pytest.mark.parametrize("step", [0, 4])
+def test_what_fails_leaves_all_as_training_needs_it(
+    previews: Previews, monkeypatch: pytest.MonkeyPatch, part: str, step: int
+) -> None:
+    def fail(*given: object, **more: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    painter = previews.painter
+    painter.unet.train()
+    monkeypatch.setattr(f"eri.run.preview.{part}", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        previews.draw(step, never)
+    assert painter.unet.training
+    assert {layer.scale for layer in previews.adapter.layers.values()} == {1.0}
+    assert {parameter.device.type for parameter in painter.vae.model.parameters()} == {"cpu"}

@@ -124,3 +124,17 @@ def test_the_room_for_all_that_is_to_come_is_asked_for(
     monkeypatch.setattr("eri.run.saves.require_space", lambda folder, size: asked.append(size))
     saves.require_space(10**6, steps=9, every=4)
     assert asked == [checkpoints.space_needed(10**6, saves=4, keep=2)]
+
+
+def test_numbers_too_small_for_an_adapters_type_are_told_and_kept_by_the_state(
+    saves: Saves, trained: tuple[TrainState, Adapter], said: list[str]
+) -> None:
+    trained[0].flat.master.fill_(1e-9)
+    save(saves, trained)
+    warning = (
+        "warning: 100.0 % of its numbers became 0; eri export-lora --dtype fp32 keeps them "
+        "(disc-000004.safetensors)"
+    )
+    assert said == ["saved    checkpoint-000004", warning]
+    assert not first(saves, STEP_4).any()
+    assert first(saves, "checkpoint-000004/adapter.safetensors").all()

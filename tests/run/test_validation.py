@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -79,3 +80,27 @@ def test_without_the_adapter_the_loss_is_that_of_the_base(
     (start, _), (end, zeroed) = measured
     assert zeroed == start
     assert end != start
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_null_and_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: float
+) -> None:
+    found = iter([ValidationLoss(loss, (1.0, loss, 2.0)), ValidationLoss(1.0, (1.0, 1.0, 1.0))])
+    monkeypatch.setattr(validation, "validate", lambda *given, **more: next(found))
+    measured = validation.Validation(tmp_path, MagicMock(), "images", at_once=1)
+    measured.before()
+    text = (tmp_path / "validation.json").read_text()
+    record = json.loads(text, parse_constant=pytest.fail)
+    assert record["before"] == {"mean": None, "thirds": [1.0, None, 2.0]}
+    assert measured.before().mean == 1.0
+
+
+def test_without_memory_for_it_the_adapter_is_at_its_strength_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = MagicMock()
+    monkeypatch.setattr(validation, "validate", MagicMock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        validation.Validation(tmp_path, parts, "images", at_once=1).before()
+    assert [call.args for call in parts.adapter.set_strength.call_args_list] == [(0,), (1,)]

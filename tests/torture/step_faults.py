@@ -23,10 +23,11 @@ def out_of_memory(where: str, step: int, times: int) -> None:
     """Let a step, a preview, a save or an update run out of memory, so many times from a step on.
 
     Args:
-        where: `step`, `limit` (a step, under a limit that the system keeps), `sampler`, `decoder`,
-            `save` or `update`.
+        where: `step`, `limit` (a step, under a limit that the system keeps), `previews`, `save` or
+            `update`.
         step: the first that fails.
-        times: that it fails; previews always do.
+        times: that it fails; so many previews fail while they are sampled, all others while they
+            are decoded.
     """
     left = [times]
 
@@ -37,9 +38,11 @@ def out_of_memory(where: str, step: int, times: int) -> None:
     match where:
         case "step" | "limit":
             _in_step(fails, _limited if where == "limit" else _raised)
-        case "sampler":
-            preview.sample = _raised
-        case "decoder":
+        case "previews":
+            right = preview.sample
+            preview.sample = lambda *given, **more: (_raised if fails(step) else right)(
+                *given, **more
+            )
             preview.VAE.decode = _raised
         case "save":
             _in_save(fails)
