@@ -228,7 +228,6 @@ def main() -> NoReturn:
 
     leave_on_signals()
     output, _ = open_standard_streams()
-    sys.excepthook = lambda kind, error, trace: _print_trace(error)
     set_environment()
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
@@ -244,6 +243,9 @@ def main() -> NoReturn:
         sys.exit(stopped.exit_code)
     except EriError as error:
         _fail(error, debug)
+    except Exception:  # a bug; only now, as Typer sets a hook of its own when an error passes it
+        sys.excepthook = lambda kind, error, trace: _print_trace(error)
+        raise
 
 
 def _require_written(output: Outlet, arguments: Sequence[str]) -> None:

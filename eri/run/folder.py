@@ -124,15 +124,17 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
         OccupiedError: it is a folder, or a file that may not be replaced.
         DiskError: its folder cannot be made.
     """
-    if output.is_dir():
-        raise OccupiedError(
-            "a folder stands where the output would", where=printable(output), hint="choose a name"
-        )
-    if os.path.lexists(output) and not overwrite:
-        raise OccupiedError(
-            "the output exists already",
-            where=printable(output),
-            hint="choose another name, or add --overwrite",
-        )
     with disk_errors(output):
+        if output.is_dir():
+            raise OccupiedError(
+                "a folder stands where the output would",
+                where=printable(output),
+                hint="choose a name",
+            )
+        if os.path.lexists(output) and not overwrite:
+            raise OccupiedError(
+                "the output exists already",
+                where=printable(output),
+                hint="choose another name, or add --overwrite",
+            )
         output.parent.mkdir(parents=True, exist_ok=True)
