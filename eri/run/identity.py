@@ -42,13 +42,15 @@ def identity_of(
 
 def made_with(device: torch.device) -> dict[str, object]:
     """What the numbers of a run are computed with; where it changes, their last bits may."""
+    vectors = torch.backends.cpu.get_cpu_capability()  # their width decides the order of sums
+    on_cpu = device.type == "cpu"
     return {
         "eri": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "safetensors": version("safetensors"),
         "threads": torch.get_num_threads(),
-        "device": device_name(device),
+        "device": f"{platform.machine()} {vectors}" if on_cpu else device_name(device),
     }
 
 

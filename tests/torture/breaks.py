@@ -1,6 +1,7 @@
 """Ways to leave something out when a run goes on; each must show in the digest at its end.
 
-Hooks for sessions of the fork server, given the step that the session goes on from.
+Hooks for sessions of the fork server, given the step that the session goes on from. `other_threads`
+leaves nothing out: it is what a checkpoint is compared with.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from eri import rng
 from eri.data import batches
 from eri.train import TrainState, loop
 
-__all__ = ["forget_data", "forget_moments", "forget_noise", "forget_rate"]
+__all__ = ["forget_data", "forget_moments", "forget_noise", "forget_rate", "other_threads"]
 
 
 def forget_noise(start: int) -> None:
@@ -49,3 +50,9 @@ def forget_moments(start: int) -> None:
         right(self, {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, numbers)
 
     TrainState.load = load
+
+
+def other_threads(start: int) -> None:
+    """PyTorch tells of one thread more; with more of them it adds in another order."""
+    threads = torch.get_num_threads() + 1
+    torch.get_num_threads = lambda: threads

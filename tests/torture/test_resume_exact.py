@@ -3,6 +3,7 @@
 import pytest
 
 from tests.torture import kills
+from tests.torture.invariants import assert_invariants
 from tests.torture.sessions import ForkServer, Session, start
 from tests.torture.workload import STEPS, Workload, digest, logged_steps
 
@@ -42,3 +43,29 @@ def test_what_is_left_out_of_going_on_shows_in_the_digest(
     assert ended.code == 0, ended.err
     assert f"going on from step {step}" in ended.out
     assert (digest(workload.run) == digest(straight.run)) is (left_out is None)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_another_number_of_threads_is_noted_or_refused(
+    workload: Workload, straight: Workload, server: ForkServer, exact: bool
+) -> None:
+    workload.copy_run(straight)
+    step = workload.take_back()
+    seen = assert_invariants(workload.run)
+    session = server.start(
+        "train",
+        workload.config,
+        *(["--set", "train.deterministic=true"] if exact else []),
+        folder=workload.folder / "said",
+        hook="tests.torture.breaks:other_threads",
+        given=[step],
+    )
+    ended = session.wait()
+    assert_invariants(workload.run, ended, before=seen)
+    told = "threads: 1 before, 2 now"
+    if exact:
+        assert ended.code == 2 and f"  {told}" in ended.err.splitlines()
+    else:
+        assert ended.code == 0, ended.err
+        notes = [line for line in ended.out.splitlines() if line.startswith("note: not bit")]
+        assert notes == [f"note: not bit by bit the same from here: {told}"]
