@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from eri.files import require_space
 from eri.formats.adapter_file import Dialect, read_adapter
 from eri.formats.metadata import without_data
 from eri.printable import printable
@@ -12,6 +13,7 @@ from eri.run.folder import refuse_existing
 
 __all__ = ["export"]
 
+BYTES_OF_A_NAME = 1000  # in a header, for both matrices and the alpha of a module
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -32,6 +34,7 @@ def export(source: Path, output: Path, *, dialect: Dialect, precision: str, over
 
     Raises:
         OccupiedError: the output exists.
+        DiskError: the disk has no room for it, or may not be written.
         ModelError: the source is not an adapter.
         NonFiniteError: a number is too large for the precision.
     """
@@ -39,6 +42,9 @@ def export(source: Path, output: Path, *, dialect: Dialect, precision: str, over
     layers = layers_in(file)
     adapter = read_adapter(file, layers)
     refuse_existing(output, overwrite)
+    numbers = sum(pair.down.numel() + pair.up.numel() for pair in adapter.pairs.values())
+    beside = len(adapter.pairs) * BYTES_OF_A_NAME + sum(map(len, adapter.metadata.values()))
+    require_space(output.parent, numbers * DTYPES[precision].itemsize + beside)
     write_verified(
         adapter.pairs,
         output,

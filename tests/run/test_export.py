@@ -1,10 +1,11 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from eri.adapters import attach, load_adapter
-from eri.errors import ModelError, NonFiniteError, OccupiedError
+from eri.errors import DiskError, ModelError, NonFiniteError, OccupiedError
 from eri.files import sha256
 from eri.formats.adapter_file import Dialect, LoRAPair, write_adapter
 from eri.formats.header import read_header
@@ -133,6 +134,23 @@ def test_a_number_too_large_for_fp16_is_refused_and_nothing_is_written(
         export(source, output, dialect="kohya", precision="fp16", overwrite=False)
     assert not output.exists()
     export(source, output, dialect="kohya", precision="bf16", overwrite=False)
+
+
+def test_without_room_for_it_nothing_is_touched(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.safetensors"
+    export(finished, output, dialect="kohya", precision="fp32", overwrite=False)
+    size, before = output.stat().st_size, output.read_bytes()
+    for free, fits in ((size, False), (size + 10**6, True)):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr("shutil.disk_usage", lambda path, usage=usage: usage)
+        if fits:
+            export(finished, output, dialect="kohya", precision="fp32", overwrite=True)
+        else:
+            with pytest.raises(DiskError, match="are needed"):
+                export(finished, output, dialect="kohya", precision="fp32", overwrite=True)
+        assert output.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["nothing", "unet"])
