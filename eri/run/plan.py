@@ -1,7 +1,7 @@
 """What a run will do, worked out before anything slow happens, and told in a few lines."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -105,8 +105,7 @@ def plan_run(
     )
     resolution = images.train.resolution
     pace = _pace(config, facts, resolution, dtype=dtype, device=device, memory=memory)
-    slower = leaves_fast_path(config, device, dtype, memory.recompute)
-    return RunPlan(
+    plan = RunPlan(
         loop=_loop(config, steps),
         choice=choice,
         device=device,
@@ -117,19 +116,38 @@ def plan_run(
         memory=memory,
         space=space,
         pace=pace,
-        lines=(
-            *model_lines(config, facts),
-            *image_lines(images, batches),
-            *training_lines(train, batches, steps, learned),
-            choice.line if choice.settled else f"{choice.line}; measured before step 1",
-            f"device   {device.type}, {str(dtype).removeprefix('torch.')}",
-            kernels,
-            *(slower_lines(slower) if dry_run or device.type == "cuda" else ()),
-            *memory_lines(memory, *max(counts, key=lambda batch: batch[0] * batch[1].area)),
-            *cache_lines(space),
-            time_line(samples, known_rate(pace)),
-            f"output   {config.output}",
-        ),
+        lines=(),
+    )
+    told = _lines(plan, config, facts, images, kernels=kernels, samples=samples, dry_run=dry_run)
+    return replace(plan, lines=told)
+
+
+def _lines(
+    plan: RunPlan,
+    config: Config,
+    facts: BaseFacts,
+    images: Images,
+    *,
+    kernels: str,
+    samples: int,
+    dry_run: bool,
+) -> tuple[str, ...]:
+    """What people are told of a plan."""
+    train, device, dtype, choice = config.train, plan.device, plan.dtype, plan.choice
+    counts = _counts(plan.batches)
+    slower = leaves_fast_path(config, device, dtype, plan.memory.recompute)
+    return (
+        *model_lines(config, facts),
+        *image_lines(images, plan.batches),
+        *training_lines(train, plan.batches, plan.loop.steps, images.train.learned),
+        choice.line if choice.settled else f"{choice.line}; measured before step 1",
+        f"device   {device.type}, {str(dtype).removeprefix('torch.')}",
+        kernels,
+        *(slower_lines(slower) if dry_run or device.type == "cuda" else ()),
+        *memory_lines(plan.memory, *max(counts, key=lambda batch: batch[0] * batch[1].area)),
+        *cache_lines(plan.space),
+        time_line(samples, known_rate(plan.pace)),
+        f"output   {config.output}",
     )
 
 
