@@ -87,7 +87,7 @@ def _no_lock_file(kind: str, path: Path) -> DiskError:
 def _is_at(descriptor: int, path: Path) -> bool:
     """Whether an open file is the one that has this name now."""
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
 
