@@ -188,8 +188,12 @@ def stopping(workload: Workload, begin: Begin, *, stops: int, seed: int) -> Kill
 
 
 def _kill(session: Session, draw: random.Random, within: float) -> Ended:
-    """Kill a victim some time after it began to write."""
-    assert session.wait_for(lambda: "ready" in session.out), session.err
+    """Kill a victim some time after it began to write, or has written once or twice."""
+    least = draw.randint(0, 2)
+    begun = session.wait_for(
+        lambda: "ready" in session.out and session.out.count("saved ") >= least
+    )
+    assert begun, session.err
     time.sleep(draw.uniform(0, within))
     session.kill()
     ended = session.wait()
