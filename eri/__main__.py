@@ -1,5 +1,8 @@
 """`python -m eri` is the command `eri`."""
 
+import os
+import signal
+from types import FrameType
 from typing import NoReturn
 
 __all__ = ["main"]
@@ -7,12 +10,16 @@ __all__ = ["main"]
 
 def main() -> NoReturn:
     """The command, which a signal ends quietly from its first moment on."""
-    from eri.run.stop import leave_on_signals
-
-    leave_on_signals()
-    from eri.cli import main as run
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
+    from eri.cli import main as run  # takes a while; it has better handlers
 
     run()
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    os.write(2, b"eri: stopped\n")
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

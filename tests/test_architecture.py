@@ -59,7 +59,7 @@ HUB_INSIDE_FUNCTIONS = {"eri/run/hub_client.py"}  # of huggingface_hub
 SLOW_TO_LOAD = {"eri.models", "eri.layers", "torch._dynamo", "rich.console"}
 LAZILY = {  # unit: what it imports inside functions, so that refusals and signals need not wait
     "cli": {"run"},
-    "__main__": {"run", "cli"},
+    "__main__": {"cli"},
 }
 SPEAKS_TO_PEOPLE = ("eri/cli", "eri/train/log.py")
 BANNED_NAMES = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
