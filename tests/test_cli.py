@@ -170,13 +170,12 @@ def test_train_inspect_export_and_sample_from_the_command_line(
     assert trained.returncode == 0, trained.stderr
     run = tmp_path / "disc"
     assert f"adapter  {run / 'disc.safetensors'}" in trained.stdout.replace("\n", " ")
-    looked = run_eri("inspect", run, "--json")
-    assert looked.returncode == 0
+    looked = CliRunner().invoke(app, ["inspect", str(run), "--json"])
+    assert looked.exit_code == 0
     assert '"step": 1' in looked.stdout
-    exported = run_eri(
-        "export-lora", run, "-o", tmp_path / "a.safetensors", "--format", "diffusers"
-    )
-    assert exported.returncode == 0, exported.stderr
+    adapter = ("-o", str(tmp_path / "a.safetensors"), "--format", "diffusers")
+    exported = CliRunner().invoke(app, ["export-lora", str(run), *adapter])
+    assert exported.exit_code == 0, exported.output
     drawn = run_eri(
         *("sample", sd15, "-p", "a disc", "-o", tmp_path / "a.png", "--steps", 1),
         *("--adapter", tmp_path / "a.safetensors"),

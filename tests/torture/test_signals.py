@@ -81,7 +81,7 @@ def test_a_run_that_is_stopped_beside_its_steps_keeps_them(
         folder=tmp_path / "session",
         env={"ERI_CACHE": str(cache)} if during == "caching" else {},
         hook=f"{HOOKS}:slow",
-        given=[[slow, 0.3]],
+        given=[[slow, 0.2]],
     )
     seen = assert_stopped(signalled(session, number, moments[during]), run, number)
     assert (seen.step > 0) == (during != "caching")
@@ -93,7 +93,7 @@ def test_a_run_that_is_stopped_beside_its_steps_keeps_them(
     ("numbers", "code", "cleaning"),
     [
         ([signal.SIGINT] * 2, 130, 0.0),
-        ([signal.SIGTERM] * 3, 143, 3.0),
+        ([signal.SIGTERM] * 3, 143, 1.5),
         ([signal.SIGTERM, signal.SIGKILL], -signal.SIGKILL, 0.0),
         ([signal.SIGHUP], -signal.SIGHUP, 0.0),
     ],
@@ -112,7 +112,7 @@ def test_more_signals_end_a_save_at_once_and_what_was_saved_stays(
         *("train", workload.config, *FEW),
         folder=tmp_path / "session",
         hook=f"{HOOKS}:slow",
-        given=[["os.fsync", 0.5], ["shutil.rmtree", cleaning]],
+        given=[["os.fsync", 0.2], ["shutil.rmtree", cleaning]],
     )
     assert session.wait_for(lambda: staged(workload.run)), "it ended before"
     before = Seen(newest_step(workload.run))
