@@ -13,17 +13,7 @@ from eri.files import (
     atomic_write,
     sweep_staging,
 )
-
-
-def mode_of(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
-
-
-@pytest.fixture(params=[0o022, 0o002, 0o077])
-def umask(request: pytest.FixtureRequest):
-    previous = os.umask(request.param)
-    yield request.param
-    os.umask(previous)
+from tests.files.conftest import mode_of
 
 
 def test_a_file_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:

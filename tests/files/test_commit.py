@@ -1,7 +1,6 @@
 import errno
 import json
 import os
-import stat
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,7 @@ from eri.files import (
     sweep_staging,
     verify_folder,
 )
-
-
-def mode_of(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
-
-
-@pytest.fixture(params=[0o022, 0o002, 0o077])
-def umask(request: pytest.FixtureRequest):
-    previous = os.umask(request.param)
-    yield request.param
-    os.umask(previous)
+from tests.files.conftest import mode_of
 
 
 def committed(parent: Path, name: str = "checkpoint-000010") -> Path:

@@ -1,5 +1,4 @@
 import os
-import stat
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,7 @@ from eri.files import (
     require_space,
     run_name,
 )
-
-
-def mode_of(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
+from tests.files.conftest import mode_of
 
 
 def test_the_cache_is_where_the_environment_says(

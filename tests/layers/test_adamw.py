@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import pytest
@@ -26,14 +26,6 @@ ODD_SIZES = (1, 3, 4, 5, 1023, 2048, 2049, 300_007)
 LARGE = 2**31 + 5
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(autouse=True)
-def backend() -> Iterator[None]:
-    """Each test begins and ends with the backend that a process begins with."""
-    set_backend("auto")
-    yield
-    set_backend("auto")
 
 
 @dataclass

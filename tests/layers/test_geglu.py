@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,12 +19,6 @@ from eri.layers.geglu import (
 from tests.kernel_checks import copy_bandwidth, error, microseconds, ulp
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def backend() -> Iterator[None]:
-    yield
-    set_backend("auto")
 
 
 def formula(u: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,12 +19,6 @@ from tests.kernel_checks import copy_bandwidth, error, microseconds, ulp
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 FORMATS = [torch.channels_last, torch.contiguous_format]
-
-
-@pytest.fixture(autouse=True)
-def backend() -> Iterator[None]:
-    yield
-    set_backend("auto")
 
 
 def frozen(groups: int, channels: int, dtype: torch.dtype = torch.float64) -> nn.GroupNorm:

@@ -16,29 +16,13 @@ from eri.errors import ConfigError, ModelError
 from eri.models import load_text
 from eri.models.windows import Joined
 from tests.families import single_file
+from tests.models.conftest import FILLED_WITH
 from tests.tiny import WORDS
 
 CAT = "a photo of a cat"
 LONG = " ".join(["a watercolour of seven foxes, in the snow"] * 12)  # 108 tokens
 EDGES = "cat " * 74 + "! ! cat"  # of OpenCLIP's windows: where `!` fills up, kohya changes these
 PROMPTS = [CAT, "", "Ünïcödé 日本の城 🏯 it's", LONG, "   Two\n\nLINES  "]
-FAMILIES = ["sd15_real", "sd21", "sdxl"]
-ENDS_WITH = {"sd15_real": [49407], "sd21": [0], "sdxl": [49407, 0]}
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def folder(request: pytest.FixtureRequest, family: str) -> Path:
-    return request.getfixturevalue(family)
-
-
-@pytest.fixture
-def file(folder: Path, tmp_path: Path) -> Path:
-    return single_file(folder, tmp_path / "model.safetensors", loose=True)
 
 
 def encoders(folder: Path) -> list[tuple[Any, Any]]:
@@ -329,7 +313,7 @@ def test_the_folders_own_tokenizer_wins(folder: Path, family: str, tmp_path: Pat
         vocabulary[photo], vocabulary[cat] = vocabulary[cat], vocabulary[photo]
         path.write_text(json.dumps(vocabulary))
     own, changed = load_text(folder), load_text(copy)
-    for reader, pad in zip(own.words.readers, ENDS_WITH[family], strict=True):
+    for reader, pad in zip(own.words.readers, FILLED_WITH[family], strict=True):
         assert reader.tokens([CAT]) == [[320, 1125, 539, 320, 2368]]
         assert reader.marks.pad == pad
     for reader in changed.words.readers:

@@ -14,25 +14,9 @@ from eri.models import load_text
 from eri.models.windows import Joined
 from eri.models.words import States, Words, load_words
 from tests.families import single_file
+from tests.models.conftest import FILLED_WITH
 
 CAT = "a photo of a cat"
-FAMILIES = {"sd15_real": [49407], "sd21": [0], "sdxl": [49407, 0]}
-"""What fills a prompt up, of each encoder."""
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def folder(request: pytest.FixtureRequest, family: str) -> Path:
-    return request.getfixturevalue(family)
-
-
-@pytest.fixture
-def file(folder: Path, tmp_path: Path) -> Path:
-    return single_file(folder, tmp_path / "model.safetensors", loose=True)
 
 
 @pytest.fixture
@@ -42,7 +26,7 @@ def copy(sdxl: Path, tmp_path: Path) -> Path:
 
 def test_ids_of_clips_own_vocabulary(file: Path, family: str) -> None:
     readers = load_words(file).readers
-    for reader, pad in zip(readers, FAMILIES[family], strict=True):
+    for reader, pad in zip(readers, FILLED_WITH[family], strict=True):
         assert reader.tokens([CAT, ""]) == [[320, 1125, 539, 320, 2368], []]
         assert (reader.marks.start, reader.marks.end, reader.marks.pad) == (49406, 49407, pad)
 
