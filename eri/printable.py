@@ -5,7 +5,6 @@ another name, or bytes that are no text at all. What passes through `printable` 
 visible characters.
 """
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import TypeVar
@@ -13,9 +12,6 @@ from typing import TypeVar
 __all__ = ["first_few", "printable"]
 
 Item = TypeVar("Item")
-
-# Controls, invisible formatting (bidi, zero width), lone surrogates, line and paragraph separators.
-HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 def printable(text: str | PurePath, limit: int = 200) -> str:
@@ -52,7 +48,8 @@ def first_few(
 
 
 def _visible(character: str) -> str:
-    if unicodedata.category(character) not in HIDDEN_CATEGORIES:
+    # not controls, formatting, lone surrogates, separators, nor what no standard gives a shape
+    if character.isprintable():
         return character
     code = ord(character)
     if code <= 0xFF:

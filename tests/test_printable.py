@@ -16,6 +16,8 @@ HOSTILE = [
     ("zero\u200bwidth\ufeff", "zero\\u200bwidth\\ufeff"),
     ("line\u2028separator", "line\\u2028separator"),
     ("tag\U000e0041", "tag\\U000e0041"),
+    ("wide\u2003space", "wide\\u2003space"),
+    ("of a font alone\ue800", "of a font alone\\ue800"),
     (os.fsdecode(b"latin-\xe9.png"), "latin-\\udce9.png"),
 ]
 
@@ -31,10 +33,10 @@ def test_visible_text_of_any_language_is_left_alone() -> None:
 
 
 def test_nothing_invisible_comes_out() -> None:
-    hidden = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    hidden = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs"}
     characters = [chr(code) for code in range(0x110000)]
     for character in characters:
-        if unicodedata.category(character) in hidden:
+        if unicodedata.category(character) in hidden and character != " ":
             assert printable(character).isascii()
             assert printable(character).isprintable()
 
