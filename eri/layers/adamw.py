@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.library import Library
 
 from eri.layers.backend import use_kernel
+from eri.layers.vectors import VECTOR, type_name
 
 __all__ = [
     "CONTROL_SIZE",
@@ -41,7 +42,6 @@ __all__ = [
 
 CONTROL_SIZE = 16
 WORKSPACE_BYTES = 16384
-ALIGNMENT = 16  # bytes that one thread reads at once
 
 
 class Control(IntEnum):
@@ -143,23 +143,19 @@ def unsupported(
     }
     for name, tensor in named.items():
         if name != "workspace" and tensor.dtype != torch.float32:
-            return f"{name} is {_name(tensor.dtype)}, not float32"
+            return f"{name} is {type_name(tensor.dtype)}, not float32"
     if shadow is not None:
         named["shadow"] = shadow
         if shadow.dtype not in {torch.bfloat16, torch.float16}:
-            return f"shadow is {_name(shadow.dtype)}, not bfloat16 or float16"
+            return f"shadow is {type_name(shadow.dtype)}, not bfloat16 or float16"
     for name, tensor in named.items():
         if not tensor.is_contiguous():
             return f"{name} is not contiguous"
         if tensor.device != master.device:
             return f"{name} is on {tensor.device}, master on {master.device}"
-        if tensor.data_ptr() % ALIGNMENT:
-            return f"{name} does not begin at a multiple of {ALIGNMENT} bytes"
+        if tensor.data_ptr() % VECTOR:
+            return f"{name} does not begin at a multiple of {VECTOR} bytes"
     return None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 SCHEMA = (

@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.library import Library
 
 from eri.layers.backend import use_kernel
+from eri.layers.vectors import VECTOR, aligned_rows, unsupported_type
 
 __all__ = ["geglu", "geglu_backward", "geglu_backward_reference", "geglu_reference", "unsupported"]
 
-VECTOR = 16  # bytes that a thread reads at once
 MOST_ELEMENTS = 2**34
 
 
@@ -50,8 +50,8 @@ def geglu_backward_reference(da: Tensor, u: Tensor) -> Tensor:
 
 def unsupported(u: Tensor) -> str | None:
     """Why the kernels cannot take u, in words; None where they can."""
-    if u.dtype not in {torch.float32, torch.float16, torch.bfloat16}:
-        return f"u is {str(u.dtype).removeprefix('torch.')}, not float32, float16 or bfloat16"
+    if (reason := unsupported_type("u", u)) is not None:
+        return reason
     vector = VECTOR // u.element_size()
     if u.shape[-1] % (2 * vector):
         return f"u has rows of {u.shape[-1]} elements, not a multiple of {2 * vector}"
@@ -103,7 +103,7 @@ def geglu(u: Tensor) -> Tensor:
         ConfigError: the backend is `cuda` and the kernel cannot be used.
     """
     if use_kernel("geglu", u.device, lambda: unsupported(u)):
-        return torch.ops.eri.geglu(_aligned(u))
+        return torch.ops.eri.geglu(aligned_rows(u))
     return geglu_reference(u)
 
 
@@ -114,12 +114,5 @@ def geglu_backward(da: Tensor, u: Tensor) -> Tensor:
         ConfigError: the backend is `cuda` and the kernel cannot be used.
     """
     if use_kernel("geglu", u.device, lambda: unsupported(u)):
-        return torch.ops.eri.geglu_backward(_aligned(da), _aligned(u))
+        return torch.ops.eri.geglu_backward(aligned_rows(da), aligned_rows(u))
     return geglu_backward_reference(da, u)
-
-
-def _aligned(rows: Tensor) -> Tensor:
-    """Rows as the kernels read them; a copy only where they lie otherwise."""
-    rows = rows.contiguous()
-    # where memory begins is aligned, and tensors that are only traced have no address
-    return rows.clone() if rows.storage_offset() * rows.element_size() % VECTOR else rows

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.library import Library
 
 from eri.layers.backend import use_kernel
+from eri.layers.vectors import VECTOR, aligned, type_name, unsupported_type
 
 __all__ = [
     "group_norm_silu",
@@ -43,7 +44,6 @@ __all__ = [
     "unsupported",
 ]
 
-VECTOR = 16  # bytes that a thread reads at once
 MOST_VECTORS = 320  # of a group, and of the other limits, as csrc/group_norm_silu.h has them
 MOST_SAMPLES = 65535
 MOST_ELEMENTS = 2**31
@@ -117,13 +117,13 @@ def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: i
     """Why the kernels cannot take these arguments, in words; None where they can."""
     if x.dim() != 4 or not x.numel():
         return f"x is {list(x.shape)}, not a map [B, C, H, W] with elements"
-    if x.dtype not in {torch.float32, torch.float16, torch.bfloat16}:
-        return f"x is {_name(x.dtype)}, not float32, float16 or bfloat16"
+    if (reason := unsupported_type("x", x)) is not None:
+        return reason
     for name, row in {"weight": weight, "bias": bias}.items():
         if row is None:
             return f"there is no {name}"
         if row.dtype != x.dtype:
-            return f"{name} is {_name(row.dtype)}, x is {_name(x.dtype)}"
+            return f"{name} is {type_name(row.dtype)}, x is {type_name(x.dtype)}"
     return _unsupported_layout(x) or _unsupported_size(x, groups)
 
 
@@ -143,10 +143,6 @@ def _unsupported_size(x: Tensor, groups: int) -> str | None:
     if samples > MOST_SAMPLES or channels * height * width >= MOST_ELEMENTS:
         return f"x is {list(x.shape)}, too large"
     return None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 LIBRARY = Library("eri", "FRAGMENT")
@@ -226,6 +222,4 @@ def group_norm_silu(x: Tensor, norm: nn.GroupNorm, *, silu: bool = True) -> Tens
 
 def _dense(x: Tensor) -> Tensor:
     """A map as the kernels read it; a copy only where it lies otherwise."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    # where memory begins is aligned, and tensors that are only traced have no address
-    return x.clone() if x.storage_offset() * x.element_size() % VECTOR else x
+    return aligned(x.contiguous(memory_format=torch.channels_last))

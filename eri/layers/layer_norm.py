@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.library import Library
 
 from eri.layers.backend import use_kernel
+from eri.layers.vectors import VECTOR, aligned_rows, type_name, unsupported_type
 
 __all__ = [
     "layer_norm",
@@ -32,7 +33,6 @@ __all__ = [
     "unsupported",
 ]
 
-VECTOR = 16  # bytes that a thread reads at once
 MOST_VECTORS = 320  # of a row
 MOST_ROWS = 2**31
 
@@ -58,10 +58,10 @@ def layer_norm_backward_reference(
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
     """Why the kernels cannot take x and its weight, in words; None where they can."""
-    if x.dtype not in {torch.float32, torch.float16, torch.bfloat16}:
-        return f"x is {_name(x)}, not float32, float16 or bfloat16"
+    if (reason := unsupported_type("x", x)) is not None:
+        return reason
     if weight.dtype != x.dtype:
-        return f"x is {_name(x)}, and its weight {_name(weight)}"
+        return f"x is {type_name(x.dtype)}, and its weight {type_name(weight.dtype)}"
     vector = VECTOR // x.element_size()
     if x.shape[-1] % vector or x.shape[-1] > vector * MOST_VECTORS:
         most = vector * MOST_VECTORS
@@ -69,10 +69,6 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
     if not 0 < x.numel() // x.shape[-1] < MOST_ROWS:
         return f"x has {x.numel() // x.shape[-1]} rows, not 1 to {MOST_ROWS - 1}"
     return None
-
-
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 LIBRARY = Library("eri", "FRAGMENT")
@@ -125,7 +121,7 @@ def layer_norm(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """
     weight, bias = norm.weight, norm.bias
     if use_kernel("layer_norm", x.device, lambda: unsupported(x, weight)):
-        return torch.ops.eri.layer_norm(_aligned(x), weight, bias, norm.eps)
+        return torch.ops.eri.layer_norm(aligned_rows(x), weight, bias, norm.eps)
     return layer_norm_reference(x, weight, bias, norm.eps)
 
 
@@ -146,14 +142,7 @@ def layer_norm_backward(
     """
     dn = dn.view(x.shape)
     if use_kernel("layer_norm", x.device, lambda: unsupported(x, norm.weight)):
-        added = None if residual is None else _aligned(residual)
-        rows = _aligned(dn), _aligned(x), mean_rstd
+        added = None if residual is None else aligned_rows(residual)
+        rows = aligned_rows(dn), aligned_rows(x), mean_rstd
         return torch.ops.eri.layer_norm_backward(*rows, norm.weight, added)
     return layer_norm_backward_reference(dn, x, mean_rstd, norm.weight, residual)
-
-
-def _aligned(rows: Tensor) -> Tensor:
-    """Rows as the kernels read them; a copy only where they lie otherwise."""
-    rows = rows.contiguous()
-    # where memory begins is aligned, and tensors that are only traced have no address
-    return rows.clone() if rows.storage_offset() * rows.element_size() % VECTOR else rows

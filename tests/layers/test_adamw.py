@@ -478,7 +478,7 @@ def test_the_kernel_names_what_it_cannot_take() -> None:
         ("exp_avg", torch.zeros(64), "exp_avg is not on cuda:0"),
         ("exp_avg_sq", torch.zeros(65, device="cuda")[1:], "exp_avg_sq does not begin"),
         ("shadow", torch.zeros(64, device="cuda"), "shadow is of type Float"),
-        ("control", torch.zeros(16, device="cuda").half(), "control is not of type Float"),
+        ("control", torch.zeros(16, device="cuda").half(), "control is of type Half"),
     ):
         other = flat.to()
         setattr(other, name, wrong)

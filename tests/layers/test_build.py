@@ -291,7 +291,7 @@ def test_the_real_sources_become_a_library_that_loads(
     toolchain = real_toolchain()
     one_op = tmp_path / "csrc"  # all of them: .ci/run
     one_op.mkdir()
-    for source in module.SOURCES.glob("adamw.*"):
+    for source in (*module.SOURCES.glob("adamw.c*"), *module.SOURCES.glob("*.h")):
         shutil.copy(source, one_op)
     monkeypatch.setattr(module, "SOURCES", one_op)
     path = library(HOPPER)

@@ -2,13 +2,10 @@
 //
 // No float atomics and no sum whose order depends on timing: the same input gives the same bits.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cmath>
 
 #include "adamw.h"
+#include "launch.h"
 
 namespace eri {
 namespace {
@@ -244,8 +241,8 @@ const char* launch_adamw(const AdamwArguments& a, void* stream_handle) {
   const int64_t blocks = wanted < 1 ? 1 : (wanted > kMaxBlocks ? kMaxBlocks : wanted);
   norm_kernel<<<static_cast<unsigned int>(blocks), kThreads, 0, stream>>>(
       a.grad, a.n, a.control, static_cast<Workspace*>(a.workspace), settings);
-  cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess && a.n > 0) {
+  const char* error = launch_error();
+  if (error == nullptr && a.n > 0) {
     if (a.shadow_type == Shadow::kBFloat16) {
       launch_update<__nv_bfloat16>(a, stream);
     } else if (a.shadow_type == Shadow::kFloat16) {
@@ -253,9 +250,9 @@ const char* launch_adamw(const AdamwArguments& a, void* stream_handle) {
     } else {
       launch_update<NoShadow>(a, stream);
     }
-    error = cudaGetLastError();
+    error = launch_error();
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return error;
 }
 
 }  // namespace eri

@@ -1,9 +1,8 @@
 // One pass over rows of values and gates. A thread takes one vector of 16 bytes of the result from
 // each of kRows rows that follow each other; all its loads are under way before the first is used.
 
-#include <cuda_runtime.h>
-
 #include "geglu.h"
+#include "launch.h"
 #include "vectors.h"
 
 namespace eri {
@@ -138,18 +137,11 @@ void launch(const GegluArguments& a, cudaStream_t stream) {
   }
 }
 
-const char* launch_either(const GegluArguments& a, void* stream_handle) {
-  const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
+const char* launch_either(const GegluArguments& a, void* stream) {
   if (a.rows == 0 || a.width == 0) return nullptr;
-  if (a.type == GegluType::kFloat) {
-    launch<float>(a, stream);
-  } else if (a.type == GegluType::kHalf) {
-    launch<__half>(a, stream);
-  } else {
-    launch<__nv_bfloat16>(a, stream);
-  }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return with_type(a.type, [&]<typename Scalar>() {
+    launch<Scalar>(a, static_cast<cudaStream_t>(stream));
+  });
 }
 
 }  // namespace

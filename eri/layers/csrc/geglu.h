@@ -3,18 +3,18 @@
 
 #include <cstdint>
 
+#include "float_type.h"
+
 namespace eri {
 
 // Of u: fewer than this, so that threads can be counted with 32 bits.
 constexpr int64_t kGegluElements = 1LL << 34;
 
-enum class GegluType : int { kFloat, kHalf, kBFloat16 };
-
 struct GegluArguments {
   const void* u;   // [rows, 2 * width]: values, gates; 16-byte aligned like all that follow
   const void* da;  // [rows, width]; null in the forward pass
   void* result;    // a [rows, width], or du [rows, 2 * width]
-  GegluType type;  // of all of them
+  FloatType type;  // of all of them
   int64_t rows;    //
   int64_t width;   // a multiple of the numbers in 16 bytes
 };

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace eri {
+#include "float_type.h"
 
-enum class GroupNormType : int { kFloat, kHalf, kBFloat16 };
+namespace eri {
 
 // Limits of the kernels; eri/layers/group_norm_silu.py has the same.
 constexpr int kGroupNormVectors = 320;           // of 16 bytes: the least run of whole groups
@@ -20,7 +20,7 @@ struct GroupNormArguments {
   void* result;          // y or dx, like x
   float* mean_rstd;      // [samples, groups, 2]; written by the forward pass
   float* workspace;      // group_norm_workspace() numbers
-  GroupNormType type;    // of x, dy, weight, bias and the result
+  FloatType type;        // of x, dy, weight, bias and the result
   int64_t samples;       //
   int64_t pixels;        // of a sample
   int64_t channels;      // a multiple of `groups` and of the numbers in 16 bytes

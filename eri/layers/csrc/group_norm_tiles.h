@@ -11,12 +11,11 @@
 // No float atomics and no sum whose order depends on timing: the same input gives the same bits.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <numeric>
 
 #include "group_norm_silu.h"
+#include "launch.h"
 #include "vectors.h"
 
 namespace eri {
@@ -185,7 +184,7 @@ inline int multiprocessors() {
 // The largest slabs, and two blocks for each multiprocessor where there is enough to do: a block
 // then runs from the first pixels to the last without a second wave behind it.
 inline Tiling tiling(const GroupNormArguments& a, int processors) {
-  const int64_t size = a.type == GroupNormType::kFloat ? 4 : 8;
+  const int64_t size = vector_size(a.type);
   const int64_t width = a.channels / a.groups;
   const int64_t run = std::lcm(width, size);  // channels of the least slab
   const int64_t runs = a.channels / run;
@@ -218,22 +217,13 @@ inline int block_threads(const Tiling& t) {
 // Calls launch.operator()<Scalar, kSilu>() for what the arguments say; what CUDA says of it.
 template <typename Launch>
 const char* with_types(const GroupNormArguments& a, Launch launch) {
-  const auto with = [&]<typename Scalar>() {
+  return with_type(a.type, [&]<typename Scalar>() {
     if (a.silu) {
       launch.template operator()<Scalar, true>();
     } else {
       launch.template operator()<Scalar, false>();
     }
-  };
-  if (a.type == GroupNormType::kFloat) {
-    with.template operator()<float>();
-  } else if (a.type == GroupNormType::kHalf) {
-    with.template operator()<__half>();
-  } else {
-    with.template operator()<__nv_bfloat16>();
-  }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  });
 }
 
 }  // namespace

@@ -1,9 +1,8 @@
 // A warp takes a row and keeps it in registers, so that it is read once: the mean, then the mean
 // square around it, then the result. Lane l holds the vectors l, l + 32, ... of the row.
 
-#include <cuda_runtime.h>
-
 #include "layer_norm.h"
+#include "launch.h"
 #include "vectors.h"
 
 namespace eri {
@@ -191,18 +190,11 @@ void launch(const LayerNormArguments& a, cudaStream_t stream) {
   }
 }
 
-const char* launch_either(const LayerNormArguments& a, void* stream_handle) {
-  const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
+const char* launch_either(const LayerNormArguments& a, void* stream) {
   if (a.rows == 0) return nullptr;
-  if (a.type == LayerNormType::kFloat) {
-    launch<float>(a, stream);
-  } else if (a.type == LayerNormType::kHalf) {
-    launch<__half>(a, stream);
-  } else {
-    launch<__nv_bfloat16>(a, stream);
-  }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return with_type(a.type, [&]<typename Scalar>() {
+    launch<Scalar>(a, static_cast<cudaStream_t>(stream));
+  });
 }
 
 }  // namespace

@@ -3,12 +3,12 @@
 
 #include <cstdint>
 
+#include "float_type.h"
+
 namespace eri {
 
 // Of a row, in vectors of 16 bytes: what the lanes of a warp can hold.
 constexpr int64_t kLayerNormVectors = 320;
-
-enum class LayerNormType : int { kFloat, kHalf, kBFloat16 };
 
 struct LayerNormArguments {
   const void* x;         // [rows, width]; 16-byte aligned like all that follow
@@ -18,7 +18,7 @@ struct LayerNormArguments {
   const void* bias;      // [width]; null in the backward pass
   void* result;          // n or dx, like x
   float* mean_rstd;      // [rows, 2]; written by the forward pass
-  LayerNormType type;    // of all but mean_rstd
+  FloatType type;        // of all but mean_rstd
   int64_t rows;          //
   int64_t width;         // a multiple of the numbers in 16 bytes
   double eps;            // added to the variance

@@ -1,0 +1,70 @@
+// What the bindings of all ops share: checks whose messages name op and tensor, and the stream.
+//
+// Only PyTorch's stable ABI is used, so one build serves several versions of PyTorch and Python.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+
+#include "float_type.h"
+
+namespace eri {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+
+struct Op {
+  const char* name;  // with which every message begins
+
+  FloatType float_type(const char* tensor, const Tensor& found) const {
+    const ScalarType type = found.scalar_type();
+    STD_TORCH_CHECK(
+        type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, name,
+        ": ", tensor, " is of type ", type, ", expected float32, float16 or bfloat16");
+    if (type == ScalarType::Float) return FloatType::kFloat;
+    return type == ScalarType::Half ? FloatType::kHalf : FloatType::kBFloat16;
+  }
+
+  // On one CUDA device and of one type.
+  void check_kind(const char* tensor, const Tensor& found, int32_t device, ScalarType type) const {
+    STD_TORCH_CHECK(found.is_cuda() && found.get_device_index() == device, name, ": ", tensor,
+                    " is not on cuda:", device);
+    STD_TORCH_CHECK(found.scalar_type() == type, name, ": ", tensor, " is of type ",
+                    found.scalar_type(), ", expected ", type);
+  }
+
+  // Numbers that a thread can read 16 bytes at a time.
+  void check_aligned(const char* tensor, const Tensor& found) const {
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(found.const_data_ptr()) % 16 == 0, name, ": ",
+                    tensor, " does not begin at a multiple of 16 bytes");
+  }
+
+  // So many numbers without gaps, aligned.
+  void check_dense(const char* tensor, const Tensor& found, int64_t numbers) const {
+    STD_TORCH_CHECK(found.is_contiguous() && found.numel() == numbers, name, ": ", tensor, " has ",
+                    found.numel(), " elements, expected ", numbers, ", and contiguous ones");
+    check_aligned(tensor, found);
+  }
+
+  // The launchers' answer.
+  void check_launch(const char* error) const {
+    STD_TORCH_CHECK(error == nullptr, name, ": CUDA says: ", error);
+  }
+};
+
+// A cudaStream_t: the one that PyTorch queues on for a device.
+inline void* current_stream(int32_t device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+}  // namespace eri
