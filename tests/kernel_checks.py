@@ -1,9 +1,28 @@
 """How exact a kernel is, and how fast: what the tests of all kernels measure alike."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+WITHOUT_VALUES = ("test_schema", "test_autograd_registration", "test_faketensor")  # of opcheck
+
+
+@contextmanager
+def poison() -> Iterator[None]:
+    """What is made inside holds NaN wherever nothing is written."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def with_gaps(rows: Tensor, gap: int) -> Tensor:
+    """The same rows `[..., D]`, each with a gap of NaN behind it."""
+    wide = rows.new_full((*rows.shape[:-1], rows.shape[-1] + gap), torch.nan)
+    return wide[..., : rows.shape[-1]].copy_(rows)
 
 
 def error(found: Tensor, truth: Tensor) -> float:

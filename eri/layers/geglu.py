@@ -7,12 +7,14 @@ with the exact Φ (erf), and
 $$dv = da \odot \mathrm{gelu}(g),\quad dg = da \odot v \odot (\Phi(g) + g\,\varphi(g))$$
 
 Fused is each of the two: u is read once and a written once, 6 bytes an element of a in 16 bits;
-backward da and u are read and du written, 10 bytes. Neither φ(g) nor gelu(g) is kept.
+backward da and u are read and du written, 10 bytes. Neither φ(g) nor gelu(g) is kept. Behind the
+rows of a and du a tail can be left, see `eri/layers/vectors.py`.
 
 Source: Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, section 2.
 
-Limits of the kernels: sm_80 or newer; float32, float16 or bfloat16; W a multiple of 8, or of 4 in
-float32; less than 2³⁴ elements. Inputs that are not contiguous are copied.
+Limits of the kernels: sm_80 or newer; float32, float16 or bfloat16; W and the tail multiples of 8,
+or of 4 in float32; less than 2³⁴ elements. Inputs whose rows are not at one stride of a multiple of
+16 bytes are copied.
 
 Measured with `pytest -s -m gpu tests/layers/test_geglu.py -k bandwidth`.
 """
@@ -25,7 +27,13 @@ from torch import Tensor
 from torch.library import Library
 
 from eri.layers.backend import use_kernel
-from eri.layers.vectors import VECTOR, aligned_rows, unsupported_type
+from eri.layers.vectors import (
+    VECTOR,
+    aligned_rows,
+    unsupported_tail,
+    unsupported_type,
+    with_tail,
+)
 
 __all__ = ["geglu", "geglu_backward", "geglu_backward_reference", "geglu_reference", "unsupported"]
 
@@ -48,8 +56,8 @@ def geglu_backward_reference(da: Tensor, u: Tensor) -> Tensor:
     return du
 
 
-def unsupported(u: Tensor) -> str | None:
-    """Why the kernels cannot take u, in words; None where they can."""
+def unsupported(u: Tensor, tail: int = 0) -> str | None:
+    """Why the kernels cannot take u or leave such a tail, in words; None where they can."""
     if (reason := unsupported_type("u", u)) is not None:
         return reason
     vector = VECTOR // u.element_size()
@@ -57,62 +65,76 @@ def unsupported(u: Tensor) -> str | None:
         return f"u has rows of {u.shape[-1]} elements, not a multiple of {2 * vector}"
     if not 0 < u.numel() < MOST_ELEMENTS:
         return f"u has {u.numel()} elements, not 1 to {MOST_ELEMENTS - 1}"
-    return None
+    return unsupported_tail(tail, u)
 
 
 LIBRARY = Library("eri", "FRAGMENT")
-LIBRARY.define("geglu(Tensor u) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-LIBRARY.define("geglu_backward(Tensor da, Tensor u) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+TAGS = (torch.Tag.pt2_compliant_tag,)
+LIBRARY.define("geglu(Tensor u, int tail) -> Tensor", tags=TAGS)
+LIBRARY.define("geglu_backward(Tensor da, Tensor u, int tail) -> Tensor", tags=TAGS)
 
 
 @torch.library.impl(LIBRARY, "geglu", "CPU")
-def _geglu_on_cpu(u: Tensor) -> Tensor:
-    return geglu_reference(u).contiguous()
+def _geglu_on_cpu(u: Tensor, tail: int) -> Tensor:
+    return with_tail(geglu_reference(u).contiguous(), tail)
 
 
 @torch.library.impl(LIBRARY, "geglu_backward", "CPU")
-def _geglu_backward_on_cpu(da: Tensor, u: Tensor) -> Tensor:
-    return geglu_backward_reference(da, u)
+def _geglu_backward_on_cpu(da: Tensor, u: Tensor, tail: int) -> Tensor:
+    return with_tail(geglu_backward_reference(_like_values(da, u), u), tail)
 
 
 @torch.library.register_fake("eri::geglu", lib=LIBRARY)
-def _geglu_fake(u: Tensor) -> Tensor:
-    return u.new_empty((*u.shape[:-1], u.shape[-1] // 2))
+def _geglu_fake(u: Tensor, tail: int) -> Tensor:
+    return u.new_empty((u.numel() // u.shape[-1], u.shape[-1] // 2 + tail))
 
 
 @torch.library.register_fake("eri::geglu_backward", lib=LIBRARY)
-def _geglu_backward_fake(da: Tensor, u: Tensor) -> Tensor:
-    return torch.empty_like(u, memory_format=torch.contiguous_format)
+def _geglu_backward_fake(da: Tensor, u: Tensor, tail: int) -> Tensor:
+    return u.new_empty((u.numel() // u.shape[-1], u.shape[-1] + tail))
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _like_values(da: Tensor, u: Tensor) -> Tensor:
+    """The gradient of a in the shape of the values of u."""
+    return da.reshape(*u.shape[:-1], u.shape[-1] // 2)
 
 
-def _backward(ctx: Any, da: Tensor) -> Tensor:
-    return geglu_backward(da, *ctx.saved_tensors)
+def _keep(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _backward(ctx: Any, da: Tensor) -> tuple[Tensor, None]:
+    (u,) = ctx.saved_tensors
+    return geglu_backward(da[:, : u.shape[-1] // 2], u), None
 
 
 torch.library.register_autograd("eri::geglu", _backward, setup_context=_keep, lib=LIBRARY)
 
 
-def geglu(u: Tensor) -> Tensor:
-    """`[..., 2·W]`, values and gates, to `[..., W]`.
+def geglu(u: Tensor, tail: int = 0) -> Tensor:
+    """`[..., 2·W]`, values and gates, to `[..., W]`; with a tail to `[rows, W + tail]`.
 
     Raises:
         ConfigError: the backend is `cuda` and the kernel cannot be used.
     """
-    if use_kernel("geglu", u.device, lambda: unsupported(u)):
-        return torch.ops.eri.geglu(aligned_rows(u))
-    return geglu_reference(u)
+    if use_kernel("geglu", u.device, lambda: unsupported(u, tail)):
+        a = torch.ops.eri.geglu(aligned_rows(u), tail)
+    else:
+        a = with_tail(geglu_reference(u), tail)
+    return a if tail else a.view(*u.shape[:-1], u.shape[-1] // 2)
 
 
-def geglu_backward(da: Tensor, u: Tensor) -> Tensor:
-    """The gradient of u `[..., 2·W]` from that of a `[..., W]`; without a gradient of its own.
+def geglu_backward(da: Tensor, u: Tensor, tail: int = 0) -> Tensor:
+    """The gradient of u `[..., 2·W]` from that of a, with its rows; without a gradient of its own.
+
+    Returns:
+        Like u; with a tail `[rows, 2·W + tail]`.
 
     Raises:
         ConfigError: the backend is `cuda` and the kernel cannot be used.
     """
-    if use_kernel("geglu", u.device, lambda: unsupported(u)):
-        return torch.ops.eri.geglu_backward(aligned_rows(da), aligned_rows(u))
-    return geglu_backward_reference(da, u)
+    if use_kernel("geglu", u.device, lambda: unsupported(u, tail)):
+        du = torch.ops.eri.geglu_backward(aligned_rows(da), aligned_rows(u), tail)
+    else:
+        du = with_tail(geglu_backward_reference(_like_values(da, u), u), tail)
+    return du if tail else du.view(u.shape)

@@ -16,7 +16,16 @@ from eri.layers.geglu import (
     geglu_reference,
     unsupported,
 )
-from tests.kernel_checks import copy_bandwidth, error, microseconds, ulp
+from eri.layers.vectors import aligned_rows
+from tests.kernel_checks import (
+    WITHOUT_VALUES,
+    copy_bandwidth,
+    error,
+    microseconds,
+    poison,
+    ulp,
+    with_gaps,
+)
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -43,7 +52,8 @@ def test_the_backward_pass_is_autograds() -> None:
 
 def test_the_op_has_the_right_gradient() -> None:
     u = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(torch.ops.eri.geglu, (u,))
+    assert torch.autograd.gradcheck(lambda u: torch.ops.eri.geglu(u, 0), (u,))
+    assert torch.autograd.gradcheck(lambda u: torch.ops.eri.geglu(u, 2)[:, :4], (u,))
 
 
 @pytest.mark.parametrize("shape", [(3, 16), (2, 5, 32), (16,), (0, 16)])
@@ -56,14 +66,28 @@ def test_the_ops_are_registered_as_pytorch_wants_them(
         loaded()
     u = torch.randn(shape, device=device, requires_grad=True)
     da = torch.randn(*shape[:-1], shape[-1] // 2, device=device)
-    torch.library.opcheck(torch.ops.eri.geglu.default, (u,))
-    torch.library.opcheck(torch.ops.eri.geglu_backward.default, (da, u.detach()))
+    forward, backward = torch.ops.eri.geglu.default, torch.ops.eri.geglu_backward.default
+    torch.library.opcheck(forward, (u, 0))
+    torch.library.opcheck(forward, (u, 8), test_utils=WITHOUT_VALUES)
+    torch.library.opcheck(backward, (da, u.detach(), 0))
+    torch.library.opcheck(backward, (da, u.detach(), 8), test_utils=WITHOUT_VALUES)
 
 
 def test_the_ops_give_contiguous_results() -> None:
     u = torch.randn(6, 4).t().unsqueeze(0)
-    torch.library.opcheck(torch.ops.eri.geglu.default, (u,))
-    torch.library.opcheck(torch.ops.eri.geglu_backward.default, (u[..., :3], u))
+    torch.library.opcheck(torch.ops.eri.geglu.default, (u, 0))
+    torch.library.opcheck(torch.ops.eri.geglu_backward.default, (u[..., :3], u, 0))
+
+
+def test_a_tail_is_left_behind_each_row(device: torch.device) -> None:
+    u, da = torch.randn(2, 3, 32, device=device), torch.randn(6, 16, device=device)
+    if device.type == "cuda":
+        loaded()
+    with poison():
+        a, du = geglu(u, 4), geglu_backward(with_gaps(da, 4), u, 8)
+    assert a.shape == (6, 20) and du.shape == (6, 40)
+    assert torch.equal(a[:, :16], geglu(u).flatten(0, 1)) and a[:, 16:].isnan().all()
+    assert torch.equal(du[:, :32], geglu_backward(da, u).flatten(0, 1)) and du[:, 32:].isnan().all()
 
 
 def test_reasons_are_in_words() -> None:
@@ -75,6 +99,9 @@ def test_reasons_are_in_words() -> None:
     found = unsupported(torch.zeros(2, 8, dtype=torch.float64))
     assert found == "u is float64, not float32, float16 or bfloat16"
     assert unsupported(torch.zeros(0, 8)) == "u has 0 elements, not 1 to 17179869183"
+    assert unsupported(torch.zeros(2, 16), 4) is None
+    found = unsupported(torch.zeros(2, 16, dtype=torch.bfloat16), 4)
+    assert found == "a tail of 4 elements is no multiple of 8"
 
 
 def test_the_limit_is_that_of_the_header() -> None:
@@ -163,22 +190,63 @@ def test_rows_that_lie_otherwise(dtype: torch.dtype) -> None:
 
 
 @gpu
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1024, 2 * 5120), (3, 77, 1280), (7, 16), (1, 48)])
+def test_tails_and_gaps_change_no_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    set_backend("cuda")
+    u = torch.randn(shape, device="cuda").to(dtype)
+    da = torch.randn(*shape[:-1], shape[-1] // 2, device="cuda").to(dtype)
+    a, du = geglu(u).flatten(0, -2), geglu_backward(da, u).flatten(0, -2)
+    for tail, gap in ((8, 16), (24, 8), (128, 136)):
+        apart = with_gaps(u, gap), with_gaps(da.flatten(0, -2), 2 * gap)
+        assert all(aligned_rows(rows) is rows for rows in apart)
+        with poison():
+            found = geglu(apart[0], tail), geglu_backward(apart[1], apart[0], tail)
+        for wide, narrow in zip(found, (a, du), strict=True):
+            assert wide.shape == (len(narrow), narrow.shape[1] + tail)
+            assert torch.equal(wide[:, :-tail], narrow) and wide[:, -tail:].isnan().all()
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda u, da: (da.half(), u, 0), "da is of type Half"),
+        (lambda u, da: (da[:2], u, 0), "da has 32 elements, expected 4 rows of 16"),
+        (lambda u, da: (with_gaps(da, 4), u, 0), "da has no rows at one stride"),
+        (lambda u, da: (da, u.t().contiguous().t(), 0), "u has no rows at one stride"),
+        (lambda u, da: (da, u, 4), "tail is 4 elements, expected a multiple of 8"),
+        (lambda u, da: (da, u, -8), "tail is -8 elements"),
+    ],
+)
+def test_the_kernel_names_what_it_cannot_take(
+    wrong: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, int]], message: str
+) -> None:
+    loaded()
+    u, da = (torch.zeros(4, width, device="cuda", dtype=torch.bfloat16) for width in (32, 16))
+    with pytest.raises(RuntimeError, match=f"geglu: {message}"):
+        torch.ops.eri.geglu_backward(*wrong(u, da))
+
+
+@gpu
 def test_the_kernels_give_the_same_bits_twice_and_in_a_graph() -> None:
     set_backend("cuda")
     u = torch.randn(1025, 2 * 2560, device="cuda", dtype=torch.bfloat16)
     da = torch.randn(1025, 2560, device="cuda", dtype=torch.bfloat16)
-    first = geglu(u), geglu_backward(da, u)
+
+    def both() -> tuple[Tensor, Tensor]:
+        return geglu(u, 16)[:, :-16], geglu_backward(da, u)
+
+    first = both()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        geglu(u), geglu_backward(da, u)
+        both()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = geglu(u), geglu_backward(da, u)
+        captured = both()
     graph.replay()
-    for once, again, in_graph in zip(
-        first, (geglu(u), geglu_backward(da, u)), captured, strict=True
-    ):
+    for once, again, in_graph in zip(first, both(), captured, strict=True):
         assert torch.equal(once, again) and torch.equal(once, in_graph)
 
 

@@ -11,13 +11,24 @@ from eri.layers.backend import set_backend
 from eri.layers.build import SOURCES
 from eri.layers.layer_norm import (
     MOST_VECTORS,
+    add_layer_norm,
+    add_layer_norm_reference,
     layer_norm,
     layer_norm_backward,
     layer_norm_backward_reference,
     layer_norm_reference,
     unsupported,
 )
-from tests.kernel_checks import copy_bandwidth, error, microseconds, ulp
+from eri.layers.vectors import aligned_rows
+from tests.kernel_checks import (
+    WITHOUT_VALUES,
+    copy_bandwidth,
+    error,
+    microseconds,
+    poison,
+    ulp,
+    with_gaps,
+)
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -62,11 +73,46 @@ def test_the_ops_are_registered_as_pytorch_wants_them(
         loaded()
     norm = norm_of(shape[-1], torch.float32, device)
     x, dn, residual = torch.randn(3, *shape, device=device)
-    torch.library.opcheck(torch.ops.eri.layer_norm.default, (x, norm.weight, norm.bias, 1e-5))
-    _, mean_rstd = torch.ops.eri.layer_norm(x, norm.weight, norm.bias, 1e-5)
-    for added in (None, residual):
-        given = (dn, x, mean_rstd, norm.weight, added)
-        torch.library.opcheck(torch.ops.eri.layer_norm_backward.default, given)
+    affine = (norm.weight, norm.bias, 1e-5)
+    _, mean_rstd = torch.ops.eri.layer_norm(x, *affine, 0)
+    calls = [
+        (torch.ops.eri.layer_norm.default, (x, *affine)),
+        (torch.ops.eri.add_layer_norm.default, (x, residual, *affine)),
+        (torch.ops.eri.layer_norm_backward.default, (dn, x, mean_rstd, norm.weight, None)),
+        (torch.ops.eri.layer_norm_backward.default, (dn, x, mean_rstd, norm.weight, residual)),
+    ]
+    for op, given in calls:
+        torch.library.opcheck(op, (*given, 0))
+        torch.library.opcheck(op, (*given, 8), test_utils=WITHOUT_VALUES)
+
+
+def test_a_sum_and_its_norm() -> None:
+    norm = norm_of(6)
+    x, added = torch.randn(2, 2, 5, 6, dtype=torch.float64)
+    total, n, mean_rstd = add_layer_norm(x, added.flatten(0, 1), norm)
+    assert torch.equal(total, x + added)
+    for found, expected in zip((n, mean_rstd), layer_norm(x + added, norm), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_tail_is_left_behind_each_row(device: torch.device) -> None:
+    if device.type == "cuda":
+        loaded()
+    norm = norm_of(16, torch.float32, device)
+    x, dn, residual = torch.randn(3, 2, 3, 16, device=device)
+    with poison():
+        n, mean_rstd = layer_norm(x, norm, 8)
+        total, of_total, _ = add_layer_norm(x, with_gaps(residual.flatten(0, 1), 8), norm, 4)
+        apart = with_gaps(dn.flatten(0, 1), 4), x, mean_rstd, norm, with_gaps(residual, 8)
+        dx = layer_norm_backward(*apart, 12)
+    assert total.shape == x.shape and torch.equal(total, x + residual)
+    for wide, narrow in (
+        (n, layer_norm(x, norm)[0]),
+        (of_total, layer_norm(total, norm)[0]),
+        (dx, layer_norm_backward(dn, x, mean_rstd, norm, residual)),
+    ):
+        assert wide.shape[0] == 6 and wide.shape[1] > 16
+        assert torch.equal(wide[:, :16], narrow.flatten(0, 1)) and wide[:, 16:].isnan().all()
 
 
 def test_reasons_are_in_words() -> None:
@@ -83,6 +129,10 @@ def test_reasons_are_in_words() -> None:
     found = reason(8, torch.bfloat16, torch.float32)
     assert found == "x is bfloat16, and its weight float32"
     assert unsupported(torch.zeros(0, 8), torch.ones(8)) == "x has 0 rows, not 1 to 2147483647"
+    half = torch.zeros(2, 8, dtype=torch.float16)
+    assert unsupported(half, half[0], 24) is None
+    assert unsupported(half, half[0], 4) == "a tail of 4 elements is no multiple of 8"
+    assert unsupported(half, half[0], -8) == "a tail of -8 elements is no multiple of 8"
 
 
 def test_the_limit_is_that_of_the_header() -> None:
@@ -154,6 +204,55 @@ def test_rows_that_lie_otherwise(dtype: torch.dtype) -> None:
 
 
 @gpu
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_sum_is_added_and_normalised_as_exactly_as_by_eager(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    set_backend("cuda")
+    if dtype == torch.float32 and shape[-1] > 1280:
+        shape = (*shape[:-1], 1280)
+    norm = norm_of(shape[-1], dtype, "cuda")
+    affine = norm.weight, norm.bias
+    x, added = (3 * torch.randn(2, *shape, device="cuda") + 1).to(dtype)
+    total, *found = add_layer_norm(x, added, norm)
+    assert torch.equal(total, x + added)
+    for one, other in zip(found, layer_norm(total, norm), strict=True):
+        assert torch.equal(one, other)
+    exact = [part.double() for part in (x, added, *affine)]
+    _, truth, _ = add_layer_norm_reference(*exact, norm.eps)
+    _, eager, _ = add_layer_norm_reference(x, added, *affine, norm.eps)
+    assert error(found[0], truth) <= 2 * error(eager, truth) + ulp(truth, dtype)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tails_and_gaps_change_no_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    set_backend("cuda")
+    if dtype == torch.float32 and shape[-1] > 1280:
+        shape = (*shape[:-1], 1280)
+    norm = norm_of(shape[-1], dtype, "cuda")
+    x, dn, residual = torch.randn(3, *shape, device="cuda").to(dtype)
+    n, mean_rstd = layer_norm(x, norm)
+    total, of_total, _ = add_layer_norm(x, residual, norm)
+    dx = layer_norm_backward(dn, x, mean_rstd, norm, residual)
+    for tail, gap in ((8, 16), (24, 8), (64, 72)):
+        apart = [with_gaps(rows, k * gap) for k, rows in enumerate((x, dn, residual), 1)]
+        assert all(aligned_rows(rows) is rows for rows in apart)
+        x_apart, dn_apart, residual_apart = apart
+        with poison():
+            tailed, _ = layer_norm(x_apart, norm, tail)
+            summed, of_summed, _ = add_layer_norm(x_apart, residual_apart, norm, tail)
+            d_tailed = layer_norm_backward(dn_apart, x_apart, mean_rstd, norm, residual_apart, tail)
+        assert torch.equal(summed, total)
+        for wide, narrow in ((tailed, n), (of_summed, of_total), (d_tailed, dx)):
+            assert wide.shape == (x.numel() // shape[-1], shape[-1] + tail)
+            assert torch.equal(wide[:, :-tail], narrow.flatten(0, -2))
+            assert wide[:, -tail:].isnan().all()
+
+
+@gpu
 def test_what_is_not_finite_stays_in_its_row() -> None:
     set_backend("cuda")
     x = torch.randn(3, 16, device="cuda", dtype=torch.bfloat16)
@@ -171,7 +270,9 @@ def test_the_kernels_give_the_same_bits_twice_and_in_a_graph() -> None:
 
     def both() -> list[Tensor]:
         n, mean_rstd = layer_norm(x, norm)
-        return [n, mean_rstd, layer_norm_backward(dn, x, mean_rstd, norm, x)]
+        total, of_total, _ = add_layer_norm(x, dn, norm, 16)
+        dx = layer_norm_backward(dn, x, mean_rstd, norm, x)
+        return [n, mean_rstd, total, of_total[:, :-16], dx]
 
     first = both()
     stream = torch.cuda.Stream()
@@ -214,7 +315,33 @@ def test_the_kernel_names_what_it_cannot_take(name: str, wrong: Callable[[Tensor
     given = {"x": x, "weight": torch.ones_like(x[0]), "bias": torch.ones_like(x[0])}
     given[name] = wrong(x)
     with pytest.raises(RuntimeError, match=rf"layer_norm: {name}"):
-        torch.ops.eri.layer_norm(*given.values(), 1e-5)
+        torch.ops.eri.layer_norm(*given.values(), 1e-5, 0)
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"dn": lambda x: x.half()}, "dn is of type Half"),
+        ({"dn": lambda x: x[:3]}, "dn has 48 elements, expected 4 rows of 16"),
+        ({"dn": lambda x: with_gaps(x, 4)}, "dn has no rows at one stride"),
+        ({"residual": lambda x: x.view(2, 2, 16).mT.contiguous().mT}, "residual has no rows"),
+        ({"residual": lambda x: with_gaps(x, 8).cpu()}, "residual is not on cuda:0"),
+        ({"tail": lambda _: 4}, "tail is 4 elements, expected a multiple of 8"),
+        ({"tail": lambda _: -8}, "tail is -8 elements"),
+    ],
+)
+def test_the_kernel_names_what_it_cannot_take_back(
+    changed: dict[str, Callable[[Tensor], object]], message: str
+) -> None:
+    loaded()
+    x = torch.zeros(4, 16, device="cuda", dtype=torch.bfloat16)
+    moments = torch.zeros(4, 2, device="cuda")
+    given = {"dn": x, "x": x, "moments": moments, "weight": x[0], "residual": x, "tail": 0}
+    for name, change in changed.items():
+        given[name] = change(x)
+    with pytest.raises(RuntimeError, match=f"layer_norm: {message}"):
+        torch.ops.eri.layer_norm_backward(*given.values())
 
 
 @gpu
@@ -232,6 +359,12 @@ def test_bandwidth() -> None:
                 *("forward", 4, lambda i, n=norm, s=sets: layer_norm(s[i][0], n)),
                 lambda i, n=norm, s=sets: torch.native_layer_norm(
                     s[i][0], (s[i].shape[-1],), n.weight, n.bias, 1e-5
+                ),
+            ),
+            (
+                *("sum", 8, lambda i, n=norm, s=sets: add_layer_norm(s[i][0], s[i][2], n)),
+                lambda i, n=norm, s=sets: add_layer_norm_reference(
+                    s[i][0], s[i][2], n.weight, n.bias, 1e-5
                 ),
             ),
             (

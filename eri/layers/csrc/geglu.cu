@@ -13,12 +13,12 @@ constexpr int kRows = 2;
 
 struct Place {
   uint32_t column;  // of the vector in its row of `columns`
-  int64_t row;      // the first of kRows
+  uint32_t row;     // the first of kRows
 };
 
 __device__ __forceinline__ Place place(uint32_t columns) {
   const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
-  return {thread % columns, static_cast<int64_t>(thread / columns) * kRows};
+  return {thread % columns, thread / columns * kRows};
 }
 
 struct Normal {
@@ -53,14 +53,13 @@ __device__ __forceinline__ Normal normal<float>(float x) {
 
 template <typename Scalar>
 __global__ void __launch_bounds__(kThreads, 4)
-    forward_kernel(const uint4* __restrict__ u, uint4* __restrict__ a, int64_t rows,
-                   uint32_t columns) {
+    forward_kernel(Rows<const uint4> u, Rows<uint4> a, uint32_t rows, uint32_t columns) {
   const auto [column, first] = place(columns);
   Vector<Scalar> values[kRows], gates[kRows];
 #pragma unroll
   for (int k = 0; k < kRows; ++k) {
     if (first + k < rows) {
-      const uint4* from = u + (first + k) * 2 * columns + column;
+      const uint4* from = u[first] + k * u.stride + column;
       values[k] = load_last<Scalar>(from);
       gates[k] = load_last<Scalar>(from + columns);
     }
@@ -78,21 +77,21 @@ __global__ void __launch_bounds__(kThreads, 4)
       for (int i = 0; i < 4; ++i) v[i] *= g[i] * normal<Scalar>(g[i]).cdf;
       pack(result, quad, v);
     }
-    store(a + (first + k) * columns + column, result);
+    store(a[first] + k * a.stride + column, result);
   }
 }
 
 template <typename Scalar>
 __global__ void __launch_bounds__(kThreads, 4)
-    backward_kernel(const uint4* __restrict__ da, const uint4* __restrict__ u,
-                    uint4* __restrict__ du, int64_t rows, uint32_t columns) {
+    backward_kernel(Rows<const uint4> da, Rows<const uint4> u, Rows<uint4> du, uint32_t rows,
+                    uint32_t columns) {
   const auto [column, first] = place(columns);
   Vector<Scalar> gradients[kRows], values[kRows], gates[kRows];
 #pragma unroll
   for (int k = 0; k < kRows; ++k) {
     if (first + k < rows) {
-      const uint4* from = u + (first + k) * 2 * columns + column;
-      gradients[k] = load_last<Scalar>(da + (first + k) * columns + column);
+      const uint4* from = u[first] + k * u.stride + column;
+      gradients[k] = load_last<Scalar>(da[first] + k * da.stride + column);
       values[k] = load_last<Scalar>(from);
       gates[k] = load_last<Scalar>(from + columns);
     }
@@ -116,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       pack(to_value, quad, d);
       pack(to_gate, quad, v);
     }
-    uint4* to = du + (first + k) * 2 * columns + column;
+    uint4* to = du[first] + k * du.stride + column;
     store(to, to_value);
     store(to + columns, to_gate);
   }
@@ -125,15 +124,16 @@ __global__ void __launch_bounds__(kThreads, 4)
 template <typename Scalar>
 void launch(const GegluArguments& a, cudaStream_t stream) {
   const uint32_t columns = static_cast<uint32_t>(a.width / Vector<Scalar>::kSize);
+  const uint32_t rows = static_cast<uint32_t>(a.rows);
   const int64_t threads = (a.rows + kRows - 1) / kRows * columns;
   const uint32_t blocks = static_cast<uint32_t>((threads + kThreads - 1) / kThreads);
-  const uint4* u = static_cast<const uint4*>(a.u);
-  const uint4* da = static_cast<const uint4*>(a.da);
-  uint4* result = static_cast<uint4*>(a.result);
-  if (da == nullptr) {
-    forward_kernel<Scalar><<<blocks, kThreads, 0, stream>>>(u, result, a.rows, columns);
+  const auto u = rows_of<Scalar>(a.u, a.u_stride);
+  const auto da = rows_of<Scalar>(a.da, a.da_stride);
+  const auto result = rows_of<Scalar>(a.result, a.result_stride);
+  if (a.da == nullptr) {
+    forward_kernel<Scalar><<<blocks, kThreads, 0, stream>>>(u, result, rows, columns);
   } else {
-    backward_kernel<Scalar><<<blocks, kThreads, 0, stream>>>(da, u, result, a.rows, columns);
+    backward_kernel<Scalar><<<blocks, kThreads, 0, stream>>>(da, u, result, rows, columns);
   }
 }
 

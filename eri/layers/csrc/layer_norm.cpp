@@ -1,11 +1,10 @@
-// Checks of `eri::layer_norm` and `eri::layer_norm_backward` and their CUDA implementation; the
-// schemas are in eri/layers/layer_norm.py.
+// Checks of `eri::layer_norm`, `eri::add_layer_norm` and `eri::layer_norm_backward` and their CUDA
+// implementation; the schemas are in eri/layers/layer_norm.py.
 
 #include "layer_norm.h"
 
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "op.h"
 
@@ -14,63 +13,95 @@ namespace {
 
 const Op op = {"layer_norm"};
 
-// So many numbers beside x, contiguous.
-void check(const char* name, const Tensor& found, const Tensor& x, ScalarType type,
-           int64_t numbers) {
-  op.check_kind(name, found, x.get_device_index(), type);
-  op.check_dense(name, found, numbers);
+// A row of the affine map.
+const void* check_row(const char* name, const Tensor& found, const Tensor& x) {
+  op.check_kind(name, found, x.get_device_index(), x.scalar_type());
+  op.check_dense(name, found, x.size(-1));
+  return found.const_data_ptr();
 }
 
 // All that follows from x and the weight.
-LayerNormArguments arguments_of(const Tensor& x, const Tensor& weight) {
+LayerNormArguments arguments_of(const Tensor& x, const Tensor& weight, int64_t tail) {
   STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0, "layer_norm: x has no last dimension");
   LayerNormArguments arguments = {};
   arguments.type = op.float_type("x", x);
   arguments.width = x.size(-1);
   arguments.rows = x.numel() / x.size(-1);
-  check("x", x, x, x.scalar_type(), x.numel());
-  check("weight", weight, x, x.scalar_type(), x.size(-1));
+  op.check_kind("x", x, x.get_device_index(), x.scalar_type());
+  arguments.x_stride = op.check_rows("x", x, arguments.rows, arguments.width);
+  arguments.weight = check_row("weight", weight, x);
+  op.check_tail(tail, arguments.type);
   const int64_t vector = vector_size(arguments.type);
-  STD_TORCH_CHECK(
-      arguments.width % vector == 0 && arguments.width <= vector * kLayerNormVectors,
-      "layer_norm: x has rows of ", arguments.width, " elements, expected a multiple of ", vector,
-      ", at most ", vector * kLayerNormVectors);
+  STD_TORCH_CHECK(arguments.width % vector == 0 && arguments.width <= vector * kLayerNormVectors,
+                  "layer_norm: x has rows of ", arguments.width,
+                  " elements, expected a multiple of ", vector, ", at most ",
+                  vector * kLayerNormVectors);
   STD_TORCH_CHECK(arguments.rows < (1LL << 31), "layer_norm: x has ", arguments.rows, " rows");
   arguments.x = x.const_data_ptr();
-  arguments.weight = weight.const_data_ptr();
   return arguments;
 }
 
-std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                      double eps) {
-  LayerNormArguments arguments = arguments_of(x, weight);
-  check("bias", bias, x, x.scalar_type(), x.size(-1));
-  const DeviceGuard guard(x.get_device_index());
-  Tensor n = torch::stable::empty_like(x);
-  const std::vector<int64_t> sizes = {arguments.rows, 2};
-  Tensor mean_rstd = torch::stable::new_empty(x, sizes, ScalarType::Float);
-  arguments.bias = bias.const_data_ptr();
+// Rows like those of x, at a stride of their own, which is returned.
+int64_t check_like_x(const char* name, const Tensor& found, const Tensor& x,
+                     const LayerNormArguments& arguments) {
+  op.check_kind(name, found, x.get_device_index(), x.scalar_type());
+  return op.check_rows(name, found, arguments.rows, arguments.width);
+}
+
+// What the kernels write, with a tail behind each row.
+Tensor result_of(LayerNormArguments& arguments, const Tensor& x, int64_t tail) {
+  arguments.result_stride = arguments.width + tail;
+  Tensor result = torch::stable::new_empty(x, {arguments.rows, arguments.result_stride});
+  arguments.result = result.mutable_data_ptr();
+  return result;
+}
+
+std::tuple<Tensor, Tensor> forward(LayerNormArguments& arguments, const Tensor& x,
+                                   const Tensor& bias, double eps, int64_t tail) {
+  arguments.bias = check_row("bias", bias, x);
   arguments.eps = eps;
-  arguments.result = n.mutable_data_ptr();
+  Tensor n = result_of(arguments, x, tail);
+  Tensor mean_rstd = torch::stable::new_empty(x, {arguments.rows, 2}, ScalarType::Float);
   arguments.mean_rstd = static_cast<float*>(mean_rstd.mutable_data_ptr());
   op.check_launch(launch_layer_norm(arguments, current_stream(x.get_device_index())));
   return {n, mean_rstd};
 }
 
+std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                      double eps, int64_t tail) {
+  LayerNormArguments arguments = arguments_of(x, weight, tail);
+  const DeviceGuard guard(x.get_device_index());
+  return forward(arguments, x, bias, eps, tail);
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& added,
+                                                  const Tensor& weight, const Tensor& bias,
+                                                  double eps, int64_t tail) {
+  LayerNormArguments arguments = arguments_of(x, weight, tail);
+  arguments.added_stride = check_like_x("added", added, x, arguments);
+  arguments.added = added.const_data_ptr();
+  const DeviceGuard guard(x.get_device_index());
+  Tensor sum = torch::stable::new_empty(x, {arguments.rows, arguments.width});
+  arguments.sum = sum.mutable_data_ptr();
+  auto [n, mean_rstd] = forward(arguments, x, bias, eps, tail);
+  return {sum, n, mean_rstd};
+}
+
 Tensor layer_norm_backward(const Tensor& dn, const Tensor& x, const Tensor& mean_rstd,
-                           const Tensor& weight, const std::optional<Tensor>& residual) {
-  LayerNormArguments arguments = arguments_of(x, weight);
-  check("dn", dn, x, x.scalar_type(), x.numel());
-  check("mean_rstd", mean_rstd, x, ScalarType::Float, 2 * arguments.rows);
+                           const Tensor& weight, const std::optional<Tensor>& residual,
+                           int64_t tail) {
+  LayerNormArguments arguments = arguments_of(x, weight, tail);
+  arguments.dn_stride = check_like_x("dn", dn, x, arguments);
+  arguments.dn = dn.const_data_ptr();
+  op.check_kind("mean_rstd", mean_rstd, x.get_device_index(), ScalarType::Float);
+  op.check_dense("mean_rstd", mean_rstd, 2 * arguments.rows);
   if (residual) {
-    check("residual", *residual, x, x.scalar_type(), x.numel());
+    arguments.residual_stride = check_like_x("residual", *residual, x, arguments);
     arguments.residual = residual->const_data_ptr();
   }
   const DeviceGuard guard(x.get_device_index());
-  Tensor dx = torch::stable::empty_like(x);
-  arguments.dn = dn.const_data_ptr();
-  arguments.result = dx.mutable_data_ptr();
-  // the forward kernel alone writes there
+  Tensor dx = result_of(arguments, x, tail);
+  // the forward kernels alone write there
   arguments.mean_rstd = const_cast<float*>(static_cast<const float*>(mean_rstd.const_data_ptr()));
   op.check_launch(launch_layer_norm_backward(arguments, current_stream(x.get_device_index())));
   return dx;
@@ -81,5 +112,6 @@ Tensor layer_norm_backward(const Tensor& dn, const Tensor& x, const Tensor& mean
 
 STABLE_TORCH_LIBRARY_IMPL(eri, CUDA, m) {
   m.impl("layer_norm", TORCH_BOX(&eri::layer_norm));
+  m.impl("add_layer_norm", TORCH_BOX(&eri::add_layer_norm));
   m.impl("layer_norm_backward", TORCH_BOX(&eri::layer_norm_backward));
 }

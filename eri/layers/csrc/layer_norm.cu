@@ -11,11 +11,10 @@ namespace {
 constexpr int kWarps = 4;  // of a block; a row each
 constexpr unsigned int kWarp = ~0u;
 
-struct Rows {
-  int64_t count;
-  int columns;    // vectors of a row
-  float share;    // 1 / numbers of a row
-  float eps;      //
+struct Shape {
+  uint32_t rows;
+  int columns;  // vectors of a row
+  float share;  // 1 / numbers of a row
 };
 
 // The sum over a warp in each of its lanes, in an order that never changes.
@@ -25,8 +24,8 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-__device__ __forceinline__ int64_t row_of_warp() {
-  return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+__device__ __forceinline__ uint32_t row_of_warp() {
+  return blockIdx.x * kWarps + threadIdx.x / 32;
 }
 
 template <typename Scalar, int kHeld>
@@ -52,35 +51,58 @@ __device__ __forceinline__ void each(int columns, Visit visit) {
   }
 }
 
+// Adds a row to the one that is held, rounds, and stores that.
 template <typename Scalar, int kHeld>
+__device__ __forceinline__ void add_row(const uint4* row, uint4* sum, int columns,
+                                        Vector<Scalar> (&held)[kHeld]) {
+  Vector<Scalar> added[kHeld];
+  load_row(row, columns, added);
+  each<Scalar, kHeld>(columns, [&](int k, int quad, int) {
+    float v[4], a[4];
+    unpack(held[k], quad, v);
+    unpack(added[k], quad, a);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] += a[i];
+    pack(held[k], quad, v);
+  });
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    const int column = static_cast<int>(threadIdx.x) % 32 + 32 * k;
+    if (column < columns) store(sum + column, held[k]);
+  }
+}
+
+template <typename Scalar, int kHeld, bool kAdd>
 __global__ void __launch_bounds__(32 * kWarps)
-    forward_kernel(const uint4* __restrict__ x, const uint4* __restrict__ weight,
-                   const uint4* __restrict__ bias, uint4* __restrict__ n,
-                   float2* __restrict__ mean_rstd, Rows rows) {
-  const int64_t row = row_of_warp();
-  if (row >= rows.count) return;
+    forward_kernel(Rows<const uint4> x, Rows<const uint4> added, const uint4* __restrict__ weight,
+                   const uint4* __restrict__ bias, Rows<uint4> total, Rows<uint4> n,
+                   float2* __restrict__ mean_rstd, Shape shape, float eps) {
+  const uint32_t row = row_of_warp();
+  const int columns = shape.columns;
+  if (row >= shape.rows) return;
   Vector<Scalar> held[kHeld];
-  load_row(x + row * rows.columns, rows.columns, held);
+  load_row(x[row], columns, held);
+  if (kAdd) add_row(added[row], total[row], columns, held);
   float sum = 0.0f;
-  each<Scalar, kHeld>(rows.columns, [&](int k, int quad, int) {
+  each<Scalar, kHeld>(columns, [&](int k, int quad, int) {
     float v[4];
     unpack(held[k], quad, v);
     sum += (v[0] + v[1]) + (v[2] + v[3]);
   });
-  const float mean = warp_sum(sum) * rows.share;
+  const float mean = warp_sum(sum) * shape.share;
   float squares = 0.0f;
-  each<Scalar, kHeld>(rows.columns, [&](int k, int quad, int) {
+  each<Scalar, kHeld>(columns, [&](int k, int quad, int) {
     float v[4];
     unpack(held[k], quad, v);
 #pragma unroll
     for (int i = 0; i < 4; ++i) squares = fmaf(v[i] - mean, v[i] - mean, squares);
   });
-  const float rstd = rsqrtf(fmaf(warp_sum(squares), rows.share, rows.eps));
+  const float rstd = rsqrtf(fmaf(warp_sum(squares), shape.share, eps));
   if (threadIdx.x % 32 == 0) mean_rstd[row] = make_float2(mean, rstd);
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
     const int column = static_cast<int>(threadIdx.x) % 32 + 32 * k;
-    if (column >= rows.columns) return;
+    if (column >= columns) return;
     const Vector<Scalar> slopes = load<Scalar>(weight + column);
     const Vector<Scalar> offsets = load<Scalar>(bias + column);
 #pragma unroll
@@ -93,27 +115,27 @@ __global__ void __launch_bounds__(32 * kWarps)
       for (int i = 0; i < 4; ++i) v[i] = fmaf((v[i] - mean) * rstd, w[i], b[i]);
       pack(held[k], quad, v);
     }
-    store(n + row * rows.columns + column, held[k]);
+    store(n[row] + column, held[k]);
   }
 }
 
 // With g = weight * dn and z = (x - mean) * rstd: dx = rstd (g - mean(g) - z mean(g z)).
 template <typename Scalar, int kHeld, bool kResidual>
 __global__ void __launch_bounds__(32 * kWarps)
-    backward_kernel(const uint4* __restrict__ dn, const uint4* __restrict__ x,
-                    const uint4* __restrict__ residual, const uint4* __restrict__ weight,
-                    const float2* __restrict__ mean_rstd, uint4* __restrict__ dx, Rows rows) {
-  const int64_t row = row_of_warp();
-  if (row >= rows.count) return;
-  const int64_t start = row * rows.columns;
+    backward_kernel(Rows<const uint4> dn, Rows<const uint4> x, Rows<const uint4> residual,
+                    const uint4* __restrict__ weight, const float2* __restrict__ mean_rstd,
+                    Rows<uint4> dx, Shape shape) {
+  const uint32_t row = row_of_warp();
+  const int columns = shape.columns;
+  if (row >= shape.rows) return;
   Vector<Scalar> gradients[kHeld], held[kHeld], added[kHeld];
-  load_row(dn + start, rows.columns, gradients);
-  load_row(x + start, rows.columns, held);
-  if (kResidual) load_row(residual + start, rows.columns, added);
+  load_row(dn[row], columns, gradients);
+  load_row(x[row], columns, held);
+  if (kResidual) load_row(residual[row], columns, added);
   const float2 moments = mean_rstd[row];
   const float mean = moments.x, rstd = moments.y;
   float sum = 0.0f, product = 0.0f;
-  each<Scalar, kHeld>(rows.columns, [&](int k, int quad, int column) {
+  each<Scalar, kHeld>(columns, [&](int k, int quad, int column) {
     float g[4], v[4], w[4];
     unpack(gradients[k], quad, g);
     unpack(held[k], quad, v);
@@ -125,12 +147,12 @@ __global__ void __launch_bounds__(32 * kWarps)
       product = fmaf(g[i], (v[i] - mean) * rstd, product);
     }
   });
-  const float of_g = warp_sum(sum) * rows.share;
-  const float of_gz = warp_sum(product) * rows.share;
+  const float of_g = warp_sum(sum) * shape.share;
+  const float of_gz = warp_sum(product) * shape.share;
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
     const int column = static_cast<int>(threadIdx.x) % 32 + 32 * k;
-    if (column >= rows.columns) return;
+    if (column >= columns) return;
     const Vector<Scalar> slopes = load<Scalar>(weight + column);
 #pragma unroll
     for (int quad = 0; quad < Vector<Scalar>::kQuads; ++quad) {
@@ -147,46 +169,52 @@ __global__ void __launch_bounds__(32 * kWarps)
       }
       pack(held[k], quad, v);
     }
-    store(dx + start + column, held[k]);
+    store(dx[row] + column, held[k]);
   }
 }
 
 template <typename Scalar, int kHeld>
-void launch_held(const LayerNormArguments& a, const Rows& rows, cudaStream_t stream) {
-  const uint32_t blocks = static_cast<uint32_t>((a.rows + kWarps - 1) / kWarps);
-  const uint4* x = static_cast<const uint4*>(a.x);
-  const uint4* dn = static_cast<const uint4*>(a.dn);
-  const uint4* residual = static_cast<const uint4*>(a.residual);
+void launch_held(const LayerNormArguments& a, const Shape& shape, cudaStream_t stream) {
+  const uint32_t blocks = (shape.rows + kWarps - 1) / kWarps;
+  const auto x = rows_of<Scalar>(a.x, a.x_stride);
+  const auto added = rows_of<Scalar>(a.added, a.added_stride);
+  const auto dn = rows_of<Scalar>(a.dn, a.dn_stride);
+  const auto residual = rows_of<Scalar>(a.residual, a.residual_stride);
+  const auto sum = rows_of<Scalar>(a.sum, a.width);
+  const auto result = rows_of<Scalar>(a.result, a.result_stride);
   const uint4* weight = static_cast<const uint4*>(a.weight);
-  uint4* result = static_cast<uint4*>(a.result);
+  const uint4* bias = static_cast<const uint4*>(a.bias);
   float2* moments = reinterpret_cast<float2*>(a.mean_rstd);
-  if (dn == nullptr) {
-    forward_kernel<Scalar, kHeld><<<blocks, 32 * kWarps, 0, stream>>>(
-        x, weight, static_cast<const uint4*>(a.bias), result, moments, rows);
-  } else if (residual == nullptr) {
-    backward_kernel<Scalar, kHeld, false><<<blocks, 32 * kWarps, 0, stream>>>(
-        dn, x, residual, weight, moments, result, rows);
+  const auto forward = [&](auto kernel) {
+    kernel<<<blocks, 32 * kWarps, 0, stream>>>(x, added, weight, bias, sum, result, moments, shape,
+                                               static_cast<float>(a.eps));
+  };
+  const auto backward = [&](auto kernel) {
+    kernel<<<blocks, 32 * kWarps, 0, stream>>>(dn, x, residual, weight, moments, result, shape);
+  };
+  if (a.dn == nullptr) {
+    a.added == nullptr ? forward(forward_kernel<Scalar, kHeld, false>)
+                       : forward(forward_kernel<Scalar, kHeld, true>);
   } else {
-    backward_kernel<Scalar, kHeld, true><<<blocks, 32 * kWarps, 0, stream>>>(
-        dn, x, residual, weight, moments, result, rows);
+    a.residual == nullptr ? backward(backward_kernel<Scalar, kHeld, false>)
+                          : backward(backward_kernel<Scalar, kHeld, true>);
   }
 }
 
 template <typename Scalar>
 void launch(const LayerNormArguments& a, cudaStream_t stream) {
   const int columns = static_cast<int>(a.width / Vector<Scalar>::kSize);
-  const Rows rows = {a.rows, columns, 1.0f / static_cast<float>(a.width),
-                     static_cast<float>(a.eps)};
+  const Shape shape = {static_cast<uint32_t>(a.rows), columns, 1.0f / static_cast<float>(a.width)};
   if (columns <= 32) {
-    launch_held<Scalar, 1>(a, rows, stream);
+    launch_held<Scalar, 1>(a, shape, stream);
   } else if (columns <= 64) {
-    launch_held<Scalar, 2>(a, rows, stream);
+    launch_held<Scalar, 2>(a, shape, stream);
   } else if (columns <= 96) {
-    launch_held<Scalar, 3>(a, rows, stream);
+    launch_held<Scalar, 3>(a, shape, stream);
   } else if (columns <= 160) {
-    launch_held<Scalar, 5>(a, rows, stream);
+    launch_held<Scalar, 5>(a, shape, stream);
   } else {
-    launch_held<Scalar, kLayerNormVectors / 32>(a, rows, stream);
+    launch_held<Scalar, kLayerNormVectors / 32>(a, shape, stream);
   }
 }
 

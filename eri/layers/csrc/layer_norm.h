@@ -10,18 +10,27 @@ namespace eri {
 // Of a row, in vectors of 16 bytes: what the lanes of a warp can hold.
 constexpr int64_t kLayerNormVectors = 320;
 
+// Rows begin `stride` elements after each other; strides are multiples of 16 bytes, and all memory
+// begins at one.
 struct LayerNormArguments {
-  const void* x;         // [rows, width]; 16-byte aligned like all that follow
-  const void* dn;        // the same; null in the forward pass
-  const void* residual;  // the same, added to dx; may be null
-  const void* weight;    // [width]
-  const void* bias;      // [width]; null in the backward pass
-  void* result;          // n or dx, like x
-  float* mean_rstd;      // [rows, 2]; written by the forward pass
-  FloatType type;        // of all but mean_rstd
-  int64_t rows;          //
-  int64_t width;         // a multiple of the numbers in 16 bytes
-  double eps;            // added to the variance
+  const void* x;            // [rows, width]
+  const void* added;        // the same, or null: x + added is what is normalised
+  const void* dn;           // the same; null in the forward passes
+  const void* residual;     // the same, added to dx; may be null
+  const void* weight;       // [width]
+  const void* bias;         // [width]; null in the backward pass
+  void* sum;                // x + added [rows, width], contiguous; null without `added`
+  void* result;             // n or dx [rows, width]
+  float* mean_rstd;         // [rows, 2]; written by the forward passes
+  FloatType type;           // of all but mean_rstd
+  int64_t rows;             //
+  int64_t width;            // a multiple of the numbers in 16 bytes
+  int64_t x_stride;         //
+  int64_t added_stride;     //
+  int64_t dn_stride;        //
+  int64_t residual_stride;  //
+  int64_t result_stride;    //
+  double eps;               // added to the variance
 };
 
 // Each queues one kernel on a cudaStream_t; returns null, or what CUDA says is wrong.

@@ -54,6 +54,32 @@ struct Op {
     check_aligned(tensor, found);
   }
 
+  // Rows [..., width] at one stride, aligned each; the elements from one to the next.
+  int64_t check_rows(const char* tensor, const Tensor& found, int64_t rows, int64_t width) const {
+    const int64_t last = found.dim() - 1;
+    STD_TORCH_CHECK(last >= 0 && found.size(last) == width && found.numel() == rows * width, name,
+                    ": ", tensor, " has ", found.numel(), " elements, expected ", rows, " rows of ",
+                    width);
+    int64_t stride = width, count = 1;  // of the dimensions seen, as rows
+    bool regular = width == 1 || found.stride(last) == 1;
+    for (int64_t i = last - 1; i >= 0; --i) {
+      if (found.size(i) == 1) continue;  // its stride says nothing
+      if (count == 1) stride = found.stride(i);
+      regular = regular && found.stride(i) == stride * count;
+      count *= found.size(i);
+    }
+    STD_TORCH_CHECK(regular && stride % vector_size(float_type(tensor, found)) == 0, name, ": ",
+                    tensor, " has no rows at one stride, a multiple of 16 bytes");
+    check_aligned(tensor, found);
+    return stride;
+  }
+
+  // Behind each row of a result: left as memory had it.
+  void check_tail(int64_t tail, FloatType type) const {
+    STD_TORCH_CHECK(tail >= 0 && tail % vector_size(type) == 0, name, ": tail is ", tail,
+                    " elements, expected a multiple of ", vector_size(type));
+  }
+
   // The launchers' answer.
   void check_launch(const char* error) const {
     STD_TORCH_CHECK(error == nullptr, name, ": CUDA says: ", error);

@@ -43,6 +43,25 @@ __device__ __forceinline__ void store(uint4* to, const Vector<Scalar>& vector) {
   *to = make_uint4(vector.words[0], vector.words[1], vector.words[2], vector.words[3]);
 }
 
+// Rows of vectors, `stride` of them from one to the next; `Word` is const where they are read.
+template <typename Word>
+struct Rows {
+  Word* first;
+  int64_t stride;
+  __device__ __forceinline__ Word* operator[](uint32_t row) const { return first + row * stride; }
+};
+
+// From elements between rows to vectors.
+template <typename Scalar>
+Rows<const uint4> rows_of(const void* first, int64_t stride) {
+  return {static_cast<const uint4*>(first), stride / Vector<Scalar>::kSize};
+}
+
+template <typename Scalar>
+Rows<uint4> rows_of(void* first, int64_t stride) {
+  return {static_cast<uint4*>(first), stride / Vector<Scalar>::kSize};
+}
+
 __device__ __forceinline__ void unpack(const Vector<float>& vector, int, float (&numbers)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) numbers[i] = __uint_as_float(vector.words[i]);
