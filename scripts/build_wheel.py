@@ -110,7 +110,7 @@ def write_wheel(folder: Path, kernels: Path, platform_name: str, root: Path = RO
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{name}-{version}-{tag}.whl"
     partial = final.with_suffix(".partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as wheel:
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as wheel:
         for path, content in contents.items():
             entry = zipfile.ZipInfo(path, DATE)
             entry.compress_type = zipfile.ZIP_DEFLATED
