@@ -39,7 +39,7 @@ from scripts.fat_library import (
 ROOT = Path(__file__).parents[1]
 CARDS = ("80", "86", "89", "90a", "120+PTX")
 PLACE = prebuilt.FOLDER.relative_to(Path(eri.__file__).parents[1]).as_posix()
-LEFT_OUT = {"__pycache__", ".DS_Store", "Thumbs.db", prebuilt.FOLDER.name}
+LEFT_OUT = {"__pycache__", ".DS_Store", "Thumbs.db"}
 DATE = (2020, 2, 2, 0, 0, 0)  # of every file: the same sources are the same bytes
 
 
@@ -71,7 +71,7 @@ def package_files(root: Path) -> Iterator[tuple[str, Path]]:
     """(path in the wheel, file) of everything in eri/ that is not made by running it."""
     for path in sorted((root / "eri").rglob("*")):
         name = path.relative_to(root)
-        if path.is_file() and not LEFT_OUT & set(name.parts) and path.suffix != ".pyc":
+        if path.is_file() and not LEFT_OUT & set(name.parts) and not name.is_relative_to(PLACE):
             yield name.as_posix(), path
 
 
@@ -167,7 +167,7 @@ def build(work: Path, cards: Sequence[str]) -> tuple[Path, str]:
             f"memory and {found.registers} registers; {found.spilled} spill"
         )
     for card, code in code_of(content).items():
-        print(f"  {card}: {code['bytes'] / 2**20:.2f} MiB of code from {code['pieces']} sources")
+        print(f"  {card}: {code['bytes'] / 2**20:.2f} MiB of code in {code['pieces']} pieces")
     check_kernels(kernels, content, cards)
     name = platform_tag(library, platform.machine())
     identity = identity_of(source_hash(), cards, cuda=cuda, stable_abi=STABLE_ABI)

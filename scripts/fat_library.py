@@ -166,17 +166,20 @@ def platform_tag(library: Path, machine: str) -> str:
 
 def tag_of(described: str, machine: str) -> str:
     """`platform_tag` of what objdump says of a library."""
-    names = set(re.findall(r"NEEDED\s+(\S+)", described))
+    names = set(re.findall(r"NEEDED +(\S+)", described))
     if strangers := sorted(names - FROM_PYTORCH - FROM_THE_SYSTEM):
         raise LibraryError(f"it needs {', '.join(strangers)}")
     if missing := sorted(FROM_PYTORCH - names):
         raise LibraryError(f"it does not name {', '.join(missing)}")
-    newest = dict.fromkeys(("GLIBC", "GLIBCXX", "CXXABI", "GCC"), (0,))
+    if special := sorted(set(re.findall(r"\bGLIBC_[A-Z]\w*", described))):
+        raise LibraryError(f"it needs {', '.join(special)}, which no tag tells of")
+    kinds = ("GLIBC", "GLIBCXX", "CXXABI", "GCC")
+    newest: dict[str, tuple[int, ...]] = dict.fromkeys(kinds, (0,))
     for kind, version in re.findall(r"\b(GLIBC|GLIBCXX|CXXABI|GCC)_(\d+(?:\.\d+)*)\b", described):
         newest[kind] = max(newest[kind], tuple(map(int, version.split("."))))
     for glibc, *has in SYSTEMS:
         needs = [newest[kind] for kind in ("GLIBCXX", "CXXABI", "GCC")]
         if all(need <= have for need, have in zip(needs, has, strict=True)):
-            major, minor = max(newest["GLIBC"][:2], glibc)
-            return f"manylinux_{major}_{minor}_{machine}"
+            oldest = max(newest["GLIBC"][:2], glibc)
+            return f"manylinux_{oldest[0]}_{oldest[1]}_{machine}"
     raise LibraryError(f"its C++ runtime is newer than any that is known here: {newest}")

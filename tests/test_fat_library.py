@@ -119,6 +119,8 @@ def test_what_no_tag_promises_is_refused() -> None:
         tag_of(described + "  NEEDED               libpython3.11.so.1.0\n", "x86_64")
     with pytest.raises(LibraryError, match=r"does not name libtorch_cuda\.so"):
         tag_of(described.replace("libtorch_cuda.so", "libtorch_cpu.so"), "x86_64")
+    with pytest.raises(LibraryError, match="it needs GLIBC_ABI_DT_RELR"):
+        tag_of(described + "    0x0 0x00 07 GLIBC_ABI_DT_RELR\n", "x86_64")
     with pytest.raises(LibraryError, match="newer than any"):
         tag_of(described.replace("3.4.9", "3.4.99"), "x86_64")
 
