@@ -328,7 +328,9 @@ def _build_file(
         for name in ("torch_cpu", "torch_cuda")
         if any((place / f"lib{name}.so").is_file() for place in (home / "lib", folder))
     ]
-    cxx = [toolchain.cxx, *CXX_FLAGS, f"-I{home / 'include'}"]
+    include = home / "include"
+    renamed = [f"-ffile-prefix-map={place}={place.name}" for place in (include, SOURCES)]
+    cxx = [toolchain.cxx, *CXX_FLAGS, *renamed, f"-I{include}"]  # no path of ours in messages
     nvcc = [toolchain.nvcc, "-ccbin", toolchain.cxx, *map(_code_for, cards)]
     runtime = Path(toolchain.nvcc).resolve().parents[1] / "lib"  # in packages; else lib64
     found = [f"-L{runtime}"] if (runtime / "libcudart_static.a").is_file() else []
