@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("quickstart", "test", "check", "fix", "audit", "verify-real", "torture")
+NAMES = ("quickstart", "test", "check", "fix", "audit", "verify-real", "torture", "build-wheel")
 RUNNABLE = [*(f"scripts/{name}" for name in NAMES), ".ci/run"]
 BASH = shutil.which("bash") or "/bin/bash"
 

@@ -6,6 +6,9 @@ there is never stale; Python has no part in it, for the sources use PyTorch's st
 folder is made as checkpoints are: written beside its place, with a manifest of hashes, and renamed.
 It belongs to this user, nobody else may write it, and the hash is compared before it is loaded.
 
+A library that was built here is taken before one that a wheel brought (`eri.layers.prebuilt`), for
+it was made for this very card and PyTorch; only where there is neither is one built.
+
 Our own build file for ninja, not `torch.utils.cpp_extension.load`: that links Python and PyTorch's
 C++ classes, which the stable ABI does without, and loads what it built before it can be verified.
 """
@@ -19,7 +22,7 @@ import shutil
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -27,18 +30,31 @@ import torch
 
 from eri.errors import ConfigError, DiskError, EriError, ModelError, OccupiedError
 from eri.files import cache_dir, commit_folder, disk_errors, lock, sweep_staging, verify_folder
+from eri.layers.prebuilt import LIBRARY, is_prebuilt, prebuilt_library
 from eri.layers.toolchain import Toolchain, architecture, find_toolchain
 from eri.printable import printable
 
-__all__ = ["built_library", "compile_library", "library", "library_folder", "load_kernels"]
+__all__ = [
+    "STABLE_ABI",
+    "built_library",
+    "compile_library",
+    "library",
+    "library_folder",
+    "load_kernels",
+    "ready_library",
+    "source_hash",
+]
 
 SOURCES = Path(__file__).parent / "csrc"
-LIBRARY = "liberi_kernels.so"
+LOG = "ninja.log"  # all that the compilers said
 STABLE_ABI = "0x020a000000000000"  # of PyTorch 2.10, the oldest that eri runs on
 CXX_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={STABLE_ABI}")
 CUDA_FLAGS = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC")
 CXX_LIBRARY = ("-l:libstdc++.so.6",)  # the one that PyTorch runs on, never a copy inside of ours
-LINK_FLAGS = ("-shared", "-cudart", "static")  # works beside whichever runtime PyTorch brings
+LINK_FLAGS = (
+    *("-shared", "-cudart", "static"),  # works beside whichever runtime PyTorch brings
+    *("-Xlinker", "--no-as-needed"),  # names PyTorch's libraries, whichever functions they have
+)
 LAST_LINES = 15  # of a compiler that failed
 POLL_SECONDS = 0.2
 REFERENCE = "train.backend: reference does without our kernels"
@@ -81,21 +97,34 @@ def _load(capability: tuple[int, int], say: Say) -> str | None:
             *other, *capability
         )
     path = library(capability, say)
+    if isinstance(path, Path) and is_prebuilt(path):
+        refused = _refused(path)
+        if refused is None:
+            return None
+        path = _built_or_new(capability, say, f"the wheel's kernels cannot be loaded: {refused}")
     if isinstance(path, str):
         return path
+    refused = _refused(path)
+    if refused is not None:
+        raise ConfigError(
+            f"the CUDA kernels cannot be loaded: {refused}",
+            where=printable(path),
+            hint=f"remove that folder to build them anew; {REFERENCE}",
+        )
+    return None
+
+
+def _refused(path: Path) -> str | None:
+    """Load a library; what the system has against it, None where that is nothing."""
     try:
         torch.ops.load_library(os.fspath(path))
     except OSError as error:
-        raise ConfigError(
-            f"the CUDA kernels cannot be loaded: {printable(str(error.__cause__ or error))}",
-            where=printable(path),
-            hint=f"remove that folder to build them anew; {REFERENCE}",
-        ) from error
+        return printable(str(error.__cause__ or error))
     return None
 
 
 def library(capability: tuple[int, int], say: Say = log.warning) -> Path | str:
-    """The library of kernels for a card: the one in the cache, or a new one.
+    """The library of kernels for a card: the one in the cache, the wheel's, or a new one.
 
     Returns:
         Its path, verified; or, where it is not there and no compiler either, what is missing.
@@ -104,12 +133,32 @@ def library(capability: tuple[int, int], say: Say = log.warning) -> Path | str:
         ConfigError: the compiler failed.
         DiskError: the cache cannot be written, or is somebody else's.
     """
+    found = ready_library(capability)
+    return found if isinstance(found, Path) else _built_or_new(capability, say, found)
+
+
+def ready_library(capability: tuple[int, int]) -> Path | str | None:
+    """The library for a card that needs no building: the one in the cache, else the wheel's.
+
+    Returns:
+        Its path, verified; why the wheel's cannot be used, in words; None where there is none.
+
+    Raises:
+        DiskError: the cache cannot be used, or is somebody else's.
+    """
+    return built_library(capability) or prebuilt_library(capability, source_hash())
+
+
+def _built_or_new(capability: tuple[int, int], say: Say, unfit: str | None) -> Path | str:
+    """The library in the cache, or a new one; says why a wheel's is not it, if there is one."""
     found = built_library(capability)
     if found is not None:
         return found
     toolchain = find_toolchain(capability)
     if isinstance(toolchain, list):
-        return "; ".join(map(str, toolchain))
+        return "; ".join([*filter(None, [unfit]), *map(str, toolchain)])
+    if unfit is not None:
+        say(unfit)
     final = library_folder(capability)
     with _turn(final.parent, say):
         found = built_library(capability)  # another process may have been faster
@@ -162,13 +211,19 @@ def library_folder(capability: tuple[int, int]) -> Path:
     arch = architecture(capability)
     parts = [
         *(str(torch.__version__), str(torch.version.cuda), arch),
-        *(platform.machine(), *platform.libc_ver()),
-        *(*CXX_FLAGS, *CUDA_FLAGS, *LINK_FLAGS, LIBRARY),
+        *(platform.machine(), *platform.libc_ver(), source_hash()),
     ]
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return _kernels_folder() / f"sm_{arch}-{name}"
+
+
+def source_hash() -> str:
+    """SHA-256, in hex, of the sources and of how they are compiled and linked."""
+    parts = [*CXX_FLAGS, *CUDA_FLAGS, *LINK_FLAGS, LIBRARY]
     content = hashlib.sha256("\0".join(parts).encode())
     for path in sorted(SOURCES.iterdir()):
         content.update(f"\0{path.name}\0".encode() + path.read_bytes())
-    return _kernels_folder() / f"sm_{arch}-{content.hexdigest()[:16]}"
+    return content.hexdigest()
 
 
 def _require_private(path: Path) -> None:
@@ -222,13 +277,17 @@ def _build(final: Path, toolchain: Toolchain, capability: tuple[int, int], say: 
         shutil.rmtree(objects)
 
 
-def compile_library(folder: Path, toolchain: Toolchain, arch: str) -> Path:
+def compile_library(
+    folder: Path, toolchain: Toolchain, *cards: str, options: Sequence[str] = ()
+) -> Path:
     """Compile and link every source, in parallel, in an existing folder.
 
     Args:
-        folder: gets the objects, the build file and the library.
+        folder: gets the objects, the build file, what the compilers said (`LOG`) and the library.
+            Libraries of PyTorch's that lie there are linked if PyTorch itself lacks them.
         toolchain: the programs.
-        arch: what nvcc calls the card, as `90a`.
+        cards: what nvcc calls each, as `90a`; `120+PTX` adds intermediate code for later ones.
+        options: more of them for nvcc, which change nothing in the library.
 
     Returns:
         The path of the library.
@@ -236,7 +295,7 @@ def compile_library(folder: Path, toolchain: Toolchain, arch: str) -> Path:
     Raises:
         ConfigError: a program failed; it has the last lines of what that said.
     """
-    (folder / "build.ninja").write_text(_build_file(toolchain, arch))
+    (folder / "build.ninja").write_text(_build_file(folder, toolchain, cards, options))
     done = subprocess.run(
         [toolchain.ninja, "-C", os.fspath(folder)],
         stdin=subprocess.DEVNULL,
@@ -246,11 +305,12 @@ def compile_library(folder: Path, toolchain: Toolchain, arch: str) -> Path:
         errors="replace",
         start_new_session=True,  # Ctrl-C stops a run between steps, not a compiler
     )
+    (folder / LOG).write_text(done.stdout)
     if done.returncode != 0 or not (folder / LIBRARY).is_file():
         lines = [printable(line) for line in done.stdout.splitlines() if line.strip()]
         raise ConfigError(
-            f"the CUDA kernels for sm_{arch} could not be built: ninja ended with "
-            f"{done.returncode}; its last lines follow",
+            f"the CUDA kernels for {', '.join(f'sm_{card}' for card in cards)} could not be built: "
+            f"ninja ended with {done.returncode}; its last lines follow",
             where=toolchain.nvcc,
             hint=f"`eri doctor` looks at the compilers; {REFERENCE}",
             problems=lines[-LAST_LINES:],
@@ -258,22 +318,28 @@ def compile_library(folder: Path, toolchain: Toolchain, arch: str) -> Path:
     return folder / LIBRARY
 
 
-def _build_file(toolchain: Toolchain, arch: str) -> str:
+def _build_file(
+    folder: Path, toolchain: Toolchain, cards: Sequence[str], options: Sequence[str]
+) -> str:
     """What ninja reads: a line an object, one for the library, and how each of them is made."""
     home = Path(torch.__file__).parent
-    cards = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    libraries = ("torch_cpu", "torch_cuda")  # a PyTorch for the CPU lacks the second
-    present = [f"-l{name}" for name in libraries if (home / f"lib/lib{name}.so").is_file()]
-    cxx = [toolchain.cxx, *CXX_FLAGS, f"-I{home / 'include'}"]
-    nvcc = [toolchain.nvcc, "-ccbin", toolchain.cxx, cards]
+    present = [  # a PyTorch for the CPU lacks the second
+        f"-l{name}"
+        for name in ("torch_cpu", "torch_cuda")
+        if any((place / f"lib{name}.so").is_file() for place in (home / "lib", folder))
+    ]
+    include = home / "include"
+    renamed = [f"-ffile-prefix-map={place}={place.name}" for place in (include, SOURCES)]
+    cxx = [toolchain.cxx, *CXX_FLAGS, *renamed, f"-I{include}"]  # no path of ours in messages
+    nvcc = [toolchain.nvcc, "-ccbin", toolchain.cxx, *map(_code_for, cards)]
     runtime = Path(toolchain.nvcc).resolve().parents[1] / "lib"  # in packages; else lib64
     found = [f"-L{runtime}"] if (runtime / "libcudart_static.a").is_file() else []
     link = [*nvcc, *LINK_FLAGS, *found]
     lines = [
         f"rule cpp\n  command = {_command(cxx)} -c $in -o $out",
-        f"rule cu\n  command = {_command([*nvcc, *CUDA_FLAGS])} -c $in -o $out",
+        f"rule cu\n  command = {_command([*nvcc, *CUDA_FLAGS, *options])} -c $in -o $out",
         f"rule library\n  command = {_command(link)} $in -o $out "
-        + _command([*CXX_LIBRARY, f"-L{home / 'lib'}", *present]),
+        + _command([*CXX_LIBRARY, f"-L{home / 'lib'}", "-L.", *present]),
     ]
     objects = []
     for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.cu")]):
@@ -281,6 +347,13 @@ def _build_file(toolchain: Toolchain, arch: str) -> str:
         lines.append(f"build {objects[-1]}: {source.suffix[1:]} {_escaped(str(source), ' :')}")
     lines.append(f"build {LIBRARY}: library {' '.join(objects)}")
     return "\n".join(lines) + "\n"
+
+
+def _code_for(card: str) -> str:
+    """`90a`: machine code; `120+PTX`: intermediate code, too, for the cards that come after it."""
+    number, _, ptx = card.partition("+")
+    code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
+    return f"-gencode=arch=compute_{number},code={code}"
 
 
 def _command(words: list[str]) -> str:

@@ -1,6 +1,7 @@
 """Whether a run has CUDA kernels of its own: said in the plan, settled before it begins."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -12,7 +13,8 @@ from eri.layers.backend import (
     set_backend,
     unsupported_device,
 )
-from eri.layers.build import built_library
+from eri.layers.build import ready_library
+from eri.layers.prebuilt import is_prebuilt
 from eri.layers.toolchain import architecture, find_toolchain
 
 __all__ = ["check_backend", "start_backend"]
@@ -37,16 +39,15 @@ def check_backend(backend: Backend, device: torch.device) -> str:
     """
     if backend == "reference":
         return "kernels  PyTorch's own"
-    lacks = _lacks(device)
-    if lacks and backend == "cuda":
+    never = unsupported_device(device)
+    found = [never] if never is not None else _found(capability_of(device))
+    if isinstance(found, str):
+        return f"kernels  our own for sm_{architecture(capability_of(device))}{found}"
+    if backend == "cuda":
         raise ConfigError(
-            "there are no CUDA kernels for this run", where=WHERE, hint=HINT, problems=lacks
+            "there are no CUDA kernels for this run", where=WHERE, hint=HINT, problems=found
         )
-    if lacks:
-        return f"kernels  PyTorch's own: {'; '.join(lacks)}"
-    capability = capability_of(device)
-    later = "" if built_library(capability) else ", to be built first"
-    return f"kernels  our own for sm_{architecture(capability)}{later}"
+    return f"kernels  PyTorch's own: {'; '.join(found)}"
 
 
 def start_backend(backend: Backend, device: torch.device, say: Callable[[str], None]) -> None:
@@ -65,13 +66,12 @@ def start_backend(backend: Backend, device: torch.device, say: Callable[[str], N
     kernels_ready(device)
 
 
-def _lacks(device: torch.device) -> list[str]:
-    """All that keeps our kernels from a device, in words; nothing where they are built."""
-    never = unsupported_device(device)
-    if never is not None:
-        return [never]
-    capability = capability_of(device)
-    if built_library(capability):
-        return []
+def _found(capability: tuple[int, int]) -> str | list[str]:
+    """Where the kernels for a card come from, in words; or all that keeps a run from having any."""
+    ready = ready_library(capability)
+    if isinstance(ready, Path):
+        return ", from the wheel" if is_prebuilt(ready) else ""
     toolchain = find_toolchain(capability)
-    return [str(lack) for lack in toolchain] if isinstance(toolchain, list) else []
+    if isinstance(toolchain, list):
+        return [*filter(None, [ready]), *map(str, toolchain)]
+    return ", to be built first"

@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -11,7 +12,8 @@ import eri
 from eri.errors import EriError
 from eri.files import cache_dir
 from eri.layers.backend import capability_of, unsupported_device
-from eri.layers.build import built_library, library_folder, load_kernels
+from eri.layers.build import library_folder, load_kernels, ready_library
+from eri.layers.prebuilt import is_prebuilt
 from eri.layers.toolchain import Toolchain, architecture, cuda_version, find_toolchain, version_of
 from eri.run.base import look_at
 from eri.run.device import choose_device, choose_dtype, unusable_card
@@ -83,16 +85,24 @@ def _kernels(device: torch.device) -> tuple[list[str], list[str]]:
     if never is not None:
         return [f"kernels: PyTorch's own; {never}"], []
     capability = capability_of(device)
-    name, folder = f"sm_{architecture(capability)}", library_folder(capability)
+    name, ready = f"sm_{architecture(capability)}", ready_library(capability)
     found = find_toolchain(capability)
     facts = [_compilers(found)] if isinstance(found, Toolchain) else []
-    if built_library(capability) is not None:
-        load_kernels(capability)
-        return [*facts, f"kernels: our own for {name}, in {folder}"], []
+    if isinstance(ready, Path):
+        refused = load_kernels(capability)
+        if refused is not None:
+            return [*facts, f"kernels: PyTorch's own; {refused}"], []
+        ready = ready_library(capability)  # another one, if the system refused the wheel's
+    if isinstance(ready, Path):
+        origin = "brought by the wheel" if is_prebuilt(ready) else "built here"
+        return [*facts, f"kernels: our own for {name}, {origin}, in {ready.parent}"], []
+    if ready is not None:
+        facts.append(f"kernels: {ready}")
     if isinstance(found, Toolchain):
-        return [*facts, f"kernels: our own for {name}, built by the first run into {folder}"], []
+        later = f"built by the first run into {library_folder(capability)}"
+        return [*facts, f"kernels: our own for {name}, {later}"], []
     lacks = [f"kernels: {lack.what}\n  mend: {lack.mend}" for lack in found]
-    return [f"kernels: PyTorch's own; ours for {name} cannot be built here"], lacks
+    return [*facts, f"kernels: PyTorch's own; ours for {name} cannot be built here"], lacks
 
 
 def _compilers(found: Toolchain) -> str:

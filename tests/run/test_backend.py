@@ -7,6 +7,7 @@ import torch
 
 from eri.errors import ConfigError
 from eri.layers import backend as dispatch
+from eri.layers import prebuilt
 from eri.layers.backend import current_backend, set_backend
 from eri.layers.toolchain import Lack, Toolchain
 from eri.run import backend as module
@@ -22,7 +23,7 @@ class Machine:
     def __init__(self) -> None:
         self.capability = (9, 0)
         self.toolchain: Toolchain | list[Lack] = Toolchain("nvcc", "g++", "ninja")
-        self.built: Path | None = None
+        self.ready: Path | str | None = None
         self.loads = 0
 
     def load(self, capability: tuple[int, int], say: object) -> str | None:
@@ -36,7 +37,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     for place in (module, dispatch):
         monkeypatch.setattr(place, "capability_of", lambda device: found.capability)
     monkeypatch.setattr(module, "find_toolchain", lambda capability: found.toolchain)
-    monkeypatch.setattr(module, "built_library", lambda capability: found.built)
+    monkeypatch.setattr(module, "ready_library", lambda capability: found.ready)
     monkeypatch.setattr(dispatch, "load_kernels", found.load)
     yield found
     set_backend("auto")
@@ -46,9 +47,23 @@ def test_the_plan_says_what_there_is(machine: Machine, tmp_path: Path) -> None:
     for backend in ("auto", "cuda"):
         assert check_backend(backend, CARD) == "kernels  our own for sm_90a, to be built first"
     assert check_backend("reference", CARD) == "kernels  PyTorch's own"
-    machine.built, machine.toolchain = tmp_path, LACKS  # built, and the compiler is gone
+    machine.ready, machine.toolchain = tmp_path, LACKS  # built, and the compiler is gone
     assert check_backend("cuda", CARD) == "kernels  our own for sm_90a"
+    machine.ready = prebuilt.FOLDER / prebuilt.LIBRARY
+    assert check_backend("cuda", CARD) == "kernels  our own for sm_90a, from the wheel"
     assert machine.loads == 0
+
+
+def test_a_wheels_kernels_that_do_not_fit_are_a_reason_where_none_can_be_built(
+    machine: Machine,
+) -> None:
+    machine.ready = "the wheel's are for others"
+    assert check_backend("auto", CARD) == "kernels  our own for sm_90a, to be built first"
+    machine.toolchain = LACKS
+    assert check_backend("auto", CARD).startswith("kernels  PyTorch's own: the wheel's are for o")
+    with pytest.raises(ConfigError) as caught:
+        check_backend("cuda", CARD)
+    assert caught.value.problems == ("the wheel's are for others", *map(str, LACKS))
 
 
 def test_auto_tells_why_there_are_none(machine: Machine) -> None:

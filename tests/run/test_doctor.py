@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from eri.errors import ConfigError
+from eri.layers import prebuilt
 from eri.layers.toolchain import Lack, Toolchain
 from eri.run import doctor as module
 from eri.run.doctor import doctor
@@ -61,11 +62,11 @@ def test_kernels_that_the_first_run_builds() -> None:
 
 @pytest.mark.usefixtures("hopper")
 def test_kernels_that_are_built_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "built_library", lambda capability: Path("/cache/library"))
+    monkeypatch.setattr(module, "ready_library", lambda capability: Path("/cache/sm_90a/library"))
     tried: list[object] = []
     monkeypatch.setattr(module, "load_kernels", tried.append)
     facts, problems = kernels()
-    assert facts[1].startswith("kernels: our own for sm_90a, in /")
+    assert facts[1] == "kernels: our own for sm_90a, built here, in /cache/sm_90a"
     assert problems == []
     assert tried == [(9, 0)]
 
@@ -92,8 +93,35 @@ def test_missing_compilers_come_with_their_mend(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.usefixtures("hopper")
 def test_a_built_library_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_toolchain", lambda capability: [Lack("no ninja", "get it")])
-    monkeypatch.setattr(module, "built_library", lambda capability: Path("/cache/library"))
-    monkeypatch.setattr(module, "load_kernels", lambda capability: None)
+    wheel = prebuilt.FOLDER / prebuilt.LIBRARY
+    for library, origin in ((Path("/cache/a/b"), "built here"), (wheel, "brought by the wheel")):
+        monkeypatch.setattr(module, "ready_library", lambda capability, found=library: found)
+        monkeypatch.setattr(module, "load_kernels", lambda capability: None)
+        facts, problems = kernels()
+        assert facts == [f"kernels: our own for sm_90a, {origin}, in {library.parent}"]
+        assert problems == []
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_wheels_kernels_that_do_not_fit_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ready_library", lambda capability: "the wheel's are for others")
     facts, problems = kernels()
-    assert facts[0].startswith("kernels: our own for sm_90a, in /")
+    assert facts[1] == "kernels: the wheel's are for others"
+    assert facts[2].startswith("kernels: our own for sm_90a, built by the first run into /")
+    assert problems == []
+
+
+@pytest.mark.usefixtures("hopper")
+def test_of_what_the_system_refuses_the_one_that_was_built_then_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ready = [prebuilt.FOLDER / prebuilt.LIBRARY, Path("/cache/sm_90a/library")]
+    monkeypatch.setattr(module, "ready_library", lambda capability: ready.pop(0))
+    monkeypatch.setattr(module, "load_kernels", lambda capability: None)
+    facts, _ = kernels()
+    assert facts[1] == "kernels: our own for sm_90a, built here, in /cache/sm_90a"
+    monkeypatch.setattr(module, "ready_library", lambda capability: prebuilt.FOLDER / "library")
+    monkeypatch.setattr(module, "load_kernels", lambda capability: "it is refused; get ninja")
+    facts, problems = kernels()
+    assert facts[1] == "kernels: PyTorch's own; it is refused; get ninja"
     assert problems == []
