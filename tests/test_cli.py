@@ -110,8 +110,8 @@ def test_a_refused_command_line_is_one_error_and_one_hint(
 
 
 @pytest.fixture
-def config(tmp_path: Path, sd15: Path) -> Path:
-    return write_config(tmp_path, sd15)
+def config(tmp_path: Path, shallow: Path) -> Path:
+    return write_config(tmp_path, shallow)
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -164,7 +164,7 @@ def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
 
 
 def test_train_inspect_export_and_sample_from_the_command_line(
-    config: Path, tmp_path: Path, sd15: Path
+    config: Path, tmp_path: Path, shallow: Path
 ) -> None:
     trained = run_eri("train", config, "--set", "train.steps=1", "--set", "sample.every=0")
     assert trained.returncode == 0, trained.stderr
@@ -177,7 +177,7 @@ def test_train_inspect_export_and_sample_from_the_command_line(
     exported = CliRunner().invoke(app, ["export-lora", str(run), *adapter])
     assert exported.exit_code == 0, exported.output
     drawn = run_eri(
-        *("sample", sd15, "-p", "a disc", "-o", tmp_path / "a.png", "--steps", 1),
+        *("sample", shallow, "-p", "a disc", "-o", tmp_path / "a.png", "--steps", 1),
         *("--adapter", tmp_path / "a.safetensors"),
     )
     assert drawn.returncode == 0, drawn.stderr
@@ -185,7 +185,7 @@ def test_train_inspect_export_and_sample_from_the_command_line(
 
 
 def test_a_run_starts_without_a_file_and_goes_on_by_the_same_command(
-    tmp_path: Path, sd15: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shallow: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def train(*arguments: object) -> str:
         result = CliRunner().invoke(app, ["train", *map(str, arguments)])
@@ -195,7 +195,7 @@ def test_a_run_starts_without_a_file_and_goes_on_by_the_same_command(
     monkeypatch.chdir(tmp_path)
     for name in ("photos", "more"):
         save_photos(tmp_path / name, count=2)
-    command = ("--model", sd15, "--data", "photos", "--data", "more", "--set", "sample.every=0")
+    command = ("--model", shallow, "--data", "photos", "--data", "more", "--set", "sample.every=0")
     quick = ("--set", "train.epochs=1", "--set", "train.batch_size=2", "--set", "adapter.rank=2")
     planned = train(*command, *quick, "--dry-run")
     assert "1 epoch x 4 samples = 4 samples" in planned

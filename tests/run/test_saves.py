@@ -17,8 +17,8 @@ METADATA = {"ss_steps": "4", "modelspec.implementation_version": "eri/test"}
 
 
 @pytest.fixture
-def trained(sd15: Path) -> tuple[TrainState, Adapter]:
-    adapter = attach(load_unet(sd15), rank=2)
+def trained(shallow: Path) -> tuple[TrainState, Adapter]:
+    adapter = attach(load_unet(shallow), rank=2)
     state = TrainState(adapter.flatten(torch.float32))
     state.step = 4
     return state, adapter
@@ -30,8 +30,8 @@ def said() -> list[str]:
 
 
 @pytest.fixture
-def saves(sd15: Path, tmp_path: Path, said: list[str]) -> Saves:
-    layers = layer_shapes(load_unet(sd15))
+def saves(shallow: Path, tmp_path: Path, said: list[str]) -> Saves:
+    layers = layer_shapes(load_unet(shallow))
     folder = tmp_path / "disc"
     folder.mkdir()
     return Saves(folder=folder, keep=2, layers=layers, made_with={}, say=said.append)
