@@ -49,7 +49,9 @@ def test_a_run_stops_before_it_begins_and_lists_every_bad_file(
     assert not list(tmp_path.glob("run/*.safetensors"))
 
 
-def test_a_run_trains_on_the_rest(folder: Path, shallow: Path, tmp_path: Path, screen: Screen) -> None:
+def test_a_run_trains_on_the_rest(
+    folder: Path, shallow: Path, tmp_path: Path, screen: Screen
+) -> None:
     settings = ", on_bad: skip, missing_caption: empty"
     train(config(folder, shallow, tmp_path / "run", settings), screen.console)
     assert (tmp_path / "run" / "run.safetensors").is_file()

@@ -9,7 +9,9 @@ from tests.torture.workload import Workload
 
 
 @pytest.fixture(scope="session")
-def straight(tmp_path_factory: pytest.TempPathFactory, shallow: Path, server: ForkServer) -> Workload:
+def straight(
+    tmp_path_factory: pytest.TempPathFactory, shallow: Path, server: ForkServer
+) -> Workload:
     """The workload, trained without a fault; its cache is in `folder / "cache"`; read only."""
     folder = tmp_path_factory.mktemp("straight")
     made = Workload.make(folder, shallow)
