@@ -251,7 +251,9 @@ CRAFTED = {  # the beginning, what is written over and over, and the end; cheap 
 @pytest.mark.parametrize("kind", CRAFTED)
 def test_a_header_that_is_dear_to_parse_is_refused_before(tmp_path: Path, kind: str) -> None:
     begin, part, end = CRAFTED[kind]
-    parts = (part % number if b"%" in part else part for number in range(MOST // 2 // (len(part) + 4)))
+    parts = (
+        part % number if b"%" in part else part for number in range(MOST // 2 // (len(part) + 4))
+    )
     text = begin + b"".join(parts).removesuffix(b",") + end
     assert MOST / 8 < len(text) < MOST
     path = tmp_path / "a"

@@ -99,6 +99,20 @@ def test_what_float16_cannot_hold_is_saved_all_the_same(
     assert not (saves.folder / STEP_4).exists()
 
 
+def test_a_run_goes_on_from_what_float16_cannot_hold(
+    saves: Saves, trained: tuple[TrainState, Adapter], said: list[str]
+) -> None:
+    trained[0].flat.master[0] = 70_000.0
+    saves.make_up(*trained, METADATA)
+    warning, *tensors = said[0].splitlines()
+    assert warning.startswith("warning: step 4 has no adapter of its own: ")
+    assert len(tensors) == 1 and "lora_unet_" in tensors[0]
+    assert not (saves.folder / STEP_4).exists()
+    trained[0].flat.master[0] = 1.0
+    saves.make_up(*trained, METADATA)
+    assert (saves.folder / STEP_4).exists() and len(said) == 1
+
+
 def test_a_run_is_finished_by_an_adapter_of_its_own_numbers(
     saves: Saves, trained: tuple[TrainState, Adapter]
 ) -> None:
