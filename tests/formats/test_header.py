@@ -238,7 +238,7 @@ def test_header_size_and_count_are_limited(tmp_path: Path, monkeypatch: pytest.M
 
 
 MOST = header.MAX_HEADER_BYTES
-CRAFTED = {  # the beginning, what is written over and over, and the end; cheap to write, not to parse
+CRAFTED = {  # beginning, what is written over and over, and end: cheap to write, dear to parse
     "tensors": (b"{", b'"%x":0,', b"}"),
     "texts": (b'{"__metadata__":{', b'"%x":"",', b"}}"),
     "escaped": (b"{", rb'"%x\\":0,', b"}"),
