@@ -1,9 +1,10 @@
 """What a run meets beside kills and signals, and goes on after: numbers, workers, clocks."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from tests.torture.invariants import assert_invariants, assert_message
+from tests.torture.invariants import assert_invariants
 from tests.torture.sessions import Ended, ForkServer
 from tests.torture.workload import Workload, digest, logged_steps
 
@@ -42,7 +43,8 @@ def test_workers_that_are_killed_again_and_again_end_the_run_and_it_goes_on(
     settings = ("--set", "train.steps=12", "--set", "save.every=2")
     ended = run(workload, server, *settings, "--set", "train.workers=1", hook="kill_workers")
     assert ended.code == 8, ended.out + ended.err
-    assert_message(ended.err.partition("\n/")[0])  # a fork ends without cleaning up semaphores
+    # a fork ends without cleaning up semaphores, of which Python's tracker of them tells
+    ended = replace(ended, err=ended.err.partition("\n/")[0])
     assert "ended with SIGKILL; workers were begun anew 3 times before" in ended.err
     seen = assert_invariants(workload.run, ended)
     assert seen.step >= 2
