@@ -2,8 +2,10 @@
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -22,6 +24,7 @@ import torch
 
 from tests.families import save_sd15_real, save_sd21, save_sdxl
 from tests.tiny import save_sd15
+from tests.torture.sessions import ForkServer
 
 torch.set_num_threads(1)
 
@@ -57,13 +60,23 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     return argname if isinstance(val, bytes) else None
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is none."""
-    if torch.cuda.is_available():
-        return
+    """Tests marked `gpu` are skipped where there is none; what a file sets up stands once.
+
+    The tests of a file run in one worker, as do all of those that the server of forked sessions
+    serves, which begin first. With many workers there are a few servers.
+    """
+    servers = max(1, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) // 4)
+    skipped = not torch.cuda.is_available()
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if skipped and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+        place = item.nodeid.partition(".py::")[0].removeprefix("tests/")
+        served = "server" in getattr(item, "fixturenames", ())
+        group = f"served {crc32(place.encode()) % servers}" if served else place
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: "server" not in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, first_context])])
@@ -77,6 +90,12 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small random base model; read only."""
     return save_sd15(tmp_path_factory.mktemp("models") / "sd15")
+
+
+@pytest.fixture(scope="session")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of half as many layers, as distilled models have: for whole runs; read only."""
+    return save_sd15(tmp_path_factory.mktemp("models") / "shallow", depth=1)
 
 
 @pytest.fixture(scope="session")
@@ -95,3 +114,10 @@ def sd21(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small random SDXL; read only."""
     return save_sdxl(tmp_path_factory.mktemp("models") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ForkServer]:
+    """Forks sessions of the command line; see `ForkServer.start`."""
+    with ForkServer() as server:
+        yield server

@@ -1,8 +1,9 @@
-"""The command line as people meet it: in a process of its own, by exit code and by message."""
+"""The command line as people meet it: in processes of their own, by exit code and by message."""
 
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,26 @@ from typer.testing import CliRunner
 import eri
 from eri.cli import app
 from tests.run.conftest import save_photos, write_config
+from tests.torture.sessions import Ended, ForkServer
 
 
 def run_eri(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "eri", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same in a fork of a process that has everything imported."""
+
+    def run(*arguments: object, cwd: Path | None = None) -> Ended:
+        said = tmp_path_factory.mktemp("said")
+        return server.start(*arguments, folder=said, cwd=cwd).wait()
+
+    return run
 
 
 def test_help_names_every_command() -> None:
@@ -46,10 +62,10 @@ SURFACE = {
 
 
 @pytest.mark.parametrize(("verb", "options"), SURFACE.items())
-def test_the_surface_is_what_it_was_agreed_to_be(verb: str, options: set[str]) -> None:
-    done = run_eri(verb, "--help")
-    assert done.returncode == 0
-    assert set(re.findall(r"(--[a-z][a-z-]+)", done.stdout)) == options | {"--help"}
+def test_the_surface_is_what_it_was_agreed_to_be(run: Run, verb: str, options: set[str]) -> None:
+    done = run(verb, "--help")
+    assert done.code == 0
+    assert set(re.findall(r"(--[a-z][a-z-]+)", done.out)) == options | {"--help"}
 
 
 @pytest.mark.parametrize(
@@ -99,19 +115,19 @@ def test_version() -> None:
     ],
 )
 def test_a_refused_command_line_is_one_error_and_one_hint(
-    arguments: list[str], what: str, tmp_path: Path
+    run: Run, arguments: list[str], what: str, tmp_path: Path
 ) -> None:
-    done = run_eri(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    error, hint = done.stderr.splitlines()
+    done = run(*arguments, cwd=tmp_path)
+    assert done.code == 2
+    assert done.out == ""
+    error, hint = done.err.splitlines()
     assert error.startswith("eri: error: ") and what in error
     assert hint.startswith("hint: ")
 
 
 @pytest.fixture
-def config(tmp_path: Path, sd15: Path) -> Path:
-    return write_config(tmp_path, sd15)
+def config(tmp_path: Path, shallow: Path) -> Path:
+    return write_config(tmp_path, shallow)
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -121,14 +137,14 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 def test_every_kind_of_bad_input_has_its_exit_code_before_any_weight_is_read(
-    config: Path, tmp_path: Path
+    config: Path, run: Run, tmp_path: Path
 ) -> None:
     def refused(code: int, what: str) -> None:
-        done = run_eri("train", config)
-        assert done.returncode == code, done.stderr
-        assert re.match(rf"eri: error: .*{what}", done.stderr), done.stderr
-        assert "Traceback" not in done.stderr
-        assert "\nhint: " in done.stderr
+        done = run("train", config)
+        assert done.code == code, done.err
+        assert re.match(rf"eri: error: .*{what}", done.err), done.err
+        assert "Traceback" not in done.err
+        assert "\nhint: " in done.err
 
     good = config.read_text()
     edit(config, "batch_size", "batchsize")
@@ -148,44 +164,44 @@ def test_every_kind_of_bad_input_has_its_exit_code_before_any_weight_is_read(
     refused(3, "2 of 7 images cannot be used")
 
 
-def test_hostile_names_reach_no_terminal(config: Path, tmp_path: Path) -> None:
+def test_hostile_names_reach_no_terminal(config: Path, run: Run, tmp_path: Path) -> None:
     evil = tmp_path / "photos" / "\x1b]0;owned\x07[red].png"
     evil.write_bytes(b"not an image")
-    done = run_eri("train", config)
-    assert done.returncode == 3
-    assert "\x1b" not in done.stderr + done.stdout
-    assert r"\x1b]0;owned" in done.stderr
+    done = run("train", config)
+    assert done.code == 3
+    assert "\x1b" not in done.err + done.out
+    assert r"\x1b]0;owned" in done.err
 
 
-def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
-    done = run_eri("train", tmp_path / "absent.yaml", "--debug")
-    assert done.returncode == 2
-    assert "Traceback" in done.stderr
+def test_debug_shows_where_an_error_comes_from(run: Run, tmp_path: Path) -> None:
+    done = run("train", tmp_path / "absent.yaml", "--debug")
+    assert done.code == 2
+    assert "Traceback" in done.err
 
 
 def test_train_inspect_export_and_sample_from_the_command_line(
-    config: Path, tmp_path: Path, sd15: Path
+    config: Path, run: Run, tmp_path: Path, shallow: Path
 ) -> None:
     trained = run_eri("train", config, "--set", "train.steps=1", "--set", "sample.every=0")
     assert trained.returncode == 0, trained.stderr
-    run = tmp_path / "disc"
-    assert f"adapter  {run / 'disc.safetensors'}" in trained.stdout.replace("\n", " ")
-    looked = CliRunner().invoke(app, ["inspect", str(run), "--json"])
+    disc = tmp_path / "disc"
+    assert f"adapter  {disc / 'disc.safetensors'}" in trained.stdout.replace("\n", " ")
+    looked = CliRunner().invoke(app, ["inspect", str(disc), "--json"])
     assert looked.exit_code == 0
     assert '"step": 1' in looked.stdout
     adapter = ("-o", str(tmp_path / "a.safetensors"), "--format", "diffusers")
-    exported = CliRunner().invoke(app, ["export-lora", str(run), *adapter])
+    exported = CliRunner().invoke(app, ["export-lora", str(disc), *adapter])
     assert exported.exit_code == 0, exported.output
-    drawn = run_eri(
-        *("sample", sd15, "-p", "a disc", "-o", tmp_path / "a.png", "--steps", 1),
+    drawn = run(
+        *("sample", shallow, "-p", "a disc", "-o", tmp_path / "a.png", "--steps", 1),
         *("--adapter", tmp_path / "a.safetensors"),
     )
-    assert drawn.returncode == 0, drawn.stderr
+    assert drawn.code == 0, drawn.err
     assert (tmp_path / "a.png").stat().st_size > 0
 
 
 def test_a_run_starts_without_a_file_and_goes_on_by_the_same_command(
-    tmp_path: Path, sd15: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shallow: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def train(*arguments: object) -> str:
         result = CliRunner().invoke(app, ["train", *map(str, arguments)])
@@ -195,7 +211,7 @@ def test_a_run_starts_without_a_file_and_goes_on_by_the_same_command(
     monkeypatch.chdir(tmp_path)
     for name in ("photos", "more"):
         save_photos(tmp_path / name, count=2)
-    command = ("--model", sd15, "--data", "photos", "--data", "more", "--set", "sample.every=0")
+    command = ("--model", shallow, "--data", "photos", "--data", "more", "--set", "sample.every=0")
     quick = ("--set", "train.epochs=1", "--set", "train.batch_size=2", "--set", "adapter.rank=2")
     planned = train(*command, *quick, "--dry-run")
     assert "1 epoch x 4 samples = 4 samples" in planned
@@ -208,7 +224,7 @@ def test_a_run_starts_without_a_file_and_goes_on_by_the_same_command(
     assert "this run is finished" in train(run / "config.yaml")
 
 
-def test_doctor_finds_this_machine_in_order() -> None:
-    done = run_eri("doctor")
-    assert done.returncode == 0
-    assert "Python 3." in done.stdout
+def test_doctor_finds_this_machine_in_order(run: Run) -> None:
+    done = run("doctor")
+    assert done.code == 0
+    assert "Python 3." in done.out

@@ -18,14 +18,14 @@ from tests.truth import (
     train_there,
 )
 
-STEPS, FEW = 50, 5  # a wrong setting shows after a few
+STEPS, FEW = 20, 5  # SD1.5 takes fifty; a wrong setting shows after a few
 V = Settings(prediction="v_prediction")
 SAVE = {"sd21": save_sd21, "sdxl": save_sdxl}
 CASES = {
     "sd21 v": ("sd21", V),
     "sdxl": ("sdxl", Settings()),
-    # with this seed a sample of the 37th step is pure noise
-    "sdxl v zero SNR": ("sdxl", replace(V, zero_terminal_snr=True, seed=28)),
+    # with this seed a sample of the 13th step is pure noise
+    "sdxl v zero SNR": ("sdxl", replace(V, zero_terminal_snr=True, seed=211)),
 }
 CONTROLS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "sd21 v": [("epsilon", {"prediction": "epsilon"})],
@@ -58,7 +58,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("trained", CASES, indirect=True, scope="module")
-def test_fifty_steps_give_the_updates_of_diffusers_and_peft(trained: Trained) -> None:
+def test_twenty_steps_give_the_updates_of_diffusers_and_peft(trained: Trained) -> None:
     mine = trained.here[STEPS]
     assert len(mine) == 192
     assert all(delta.any() for delta in mine.values())

@@ -13,14 +13,20 @@ Module = TypeVar("Module", bound=nn.Module)
 WORDS = ["red", "blue", "apple", "star", "gold"]
 
 
-def save_sd15(folder: Path) -> Path:
-    """Build with diffusers and transformers, and save, a whole model with random weights."""
+def save_sd15(folder: Path, *, depth: int = 2) -> Path:
+    """Build with diffusers and transformers, and save, a whole model with random weights.
+
+    Args:
+        folder: to be made.
+        depth: layers of each level of the U-Net; SD1.5 has two, distilled ones have one.
+    """
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,
+        layers_per_block=depth,
         block_out_channels=(32, 32, 64, 64),
         attention_head_dim=4,
         cross_attention_dim=32,

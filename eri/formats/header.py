@@ -19,8 +19,10 @@ from eri.printable import printable
 __all__ = ["DTYPE_BITS", "Header", "TensorInfo", "read_header"]
 
 MAX_HEADER_BYTES = 16 * 2**20
-MAX_TENSORS = 200_000
-MAX_BRACKETS = {b"{": 250_000, b"[": 450_000}  # each tensor has one and two; the rest is for texts
+MAX_TENSORS = 50_000  # the largest models have some thousand
+MAX_STRINGS = 8 * MAX_TENSORS  # each tensor has five; the rest is for metadata
+MAX_MARKS = {b"{": 2 * MAX_TENSORS, b"[": 3 * MAX_TENSORS, b",": 10 * MAX_TENSORS}
+"""Of the JSON, outside of its strings: a tensor has one, two, and some three to ten."""
 MAX_DIMENSIONS = 8
 MAX_NAME_BYTES = 512
 MAX_NUMBER = 2**63 - 1
@@ -158,9 +160,7 @@ def _foreign(path: Path, start: bytes, end: bytes) -> ModelError:
 
 def _parse(text: bytes, *, data_bytes: int) -> Header:
     """Raises ValueError with what is wrong; names in it are not yet printable."""
-    for bracket, most in MAX_BRACKETS.items():
-        if (count := text.count(bracket)) > most:
-            raise ValueError(f"it has {count:,} of {bracket.decode()}, allowed are {most:,}")
+    _require_few_parts(text)
     entries = parse_object(text)
     metadata = _metadata(entries.pop("__metadata__", None))
     if len(entries) > MAX_TENSORS:
@@ -174,6 +174,22 @@ def _parse(text: bytes, *, data_bytes: int) -> Header:
     if end != data_bytes:
         raise ValueError(f"its tensors take {end:,} bytes, the file holds {data_bytes:,}")
     return Header(tensors=tensors, metadata=metadata, data_start=8 + len(text))
+
+
+def _require_few_parts(text: bytes) -> None:
+    """Refuse JSON of which the parser would make very many objects: a byte may cost it dozens.
+
+    Raises:
+        ValueError: it has more strings, brackets or commas than a header with `MAX_TENSORS`.
+    """
+    plain = text.replace(rb"\\", b"").replace(rb"\"", b"")
+    strings = plain.count(b'"') // 2
+    if strings > MAX_STRINGS:
+        raise ValueError(f"it has {strings:,} strings, allowed are {MAX_STRINGS:,}")
+    outside = b"".join(plain.split(b'"')[::2])
+    for mark, most in MAX_MARKS.items():
+        if (count := outside.count(mark)) > most:
+            raise ValueError(f"it has {count:,} of '{mark.decode()}', allowed are {most:,}")
 
 
 def _metadata(value: Any) -> dict[str, str]:

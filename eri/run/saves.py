@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from eri.adapters import Adapter
+from eri.errors import NonFiniteError
 from eri.files import require_space
 from eri.formats.adapter_file import Shapes
 from eri.run import checkpoints
@@ -87,6 +88,18 @@ class Saves:
         path = self.folder / "adapters" / name
         if not holds(path, adapter.pairs(), metadata, dtype=DTYPE, layers=self.layers):
             self.write(adapter, path, metadata)
+
+    def make_up(self, state: TrainState, adapter: Adapter, metadata: Mapping[str, str]) -> None:
+        """Write what a kill left out, when a run goes on.
+
+        What float16 cannot hold ends the save that meets it, but no run that goes on from there:
+        its state is whole, and a smaller rate may bring the numbers back.
+        """
+        try:
+            self.keep_adapter(state, adapter, metadata)
+        except NonFiniteError as error:
+            what = f"warning: step {state.step} has no adapter of its own: {error}"
+            self.say("\n  ".join((what, *error.problems)))
 
     def write(self, adapter: Adapter, path: Path, metadata: Mapping[str, str]) -> None:
         """Write an adapter for people, and read it back."""

@@ -215,7 +215,7 @@ class _Run:
         if checkpoint is not None:
             checkpoints.load(checkpoint, parts.state, parts.adapter, self.layers)
             self.say(f"going on from step {checkpoint.step}")
-            self.saves.keep_adapter(parts.state, parts.adapter, self._metadata(checkpoint.step))
+            self.saves.make_up(parts.state, parts.adapter, self._metadata(checkpoint.step))
         left = loop.steps - parts.state.step
         self.saves.require_space(numbers, steps=left, every=loop.save_every)
         self._train(parts, batches, stop)

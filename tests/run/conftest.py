@@ -80,8 +80,8 @@ def screen() -> Screen:
 
 
 @pytest.fixture
-def config(tmp_path: Path, sd15: Path) -> Config:
-    return load_config(write_config(tmp_path, sd15))
+def config(tmp_path: Path, shallow: Path) -> Config:
+    return load_config(write_config(tmp_path, shallow))
 
 
 @pytest.fixture

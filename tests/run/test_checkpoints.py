@@ -37,12 +37,12 @@ def save(run: Path, state: TrainState, adapter: Adapter) -> Path:
     return run / f"checkpoint-{state.step:06}"
 
 
-def test_a_checkpoint_brings_everything_back(sd15: Path, tmp_path: Path) -> None:
-    state, adapter = build(load_unet(sd15))
+def test_a_checkpoint_brings_everything_back(shallow: Path, tmp_path: Path) -> None:
+    state, adapter = build(load_unet(shallow))
     advance(state)
     path = save(tmp_path, state, adapter)
     assert path.name == "checkpoint-000001"
-    fresh_unet = load_unet(sd15)
+    fresh_unet = load_unet(shallow)
     shapes = layer_shapes(fresh_unet)
     fresh, fresh_adapter = build(fresh_unet)
     found = checkpoints.newest(tmp_path)
@@ -56,16 +56,16 @@ def test_a_checkpoint_brings_everything_back(sd15: Path, tmp_path: Path) -> None
     assert torch.equal(fresh.flat.master, state.flat.master)
 
 
-def test_saving_the_same_step_again_keeps_the_first(sd15: Path, tmp_path: Path) -> None:
-    state, adapter = build(load_unet(sd15))
+def test_saving_the_same_step_again_keeps_the_first(shallow: Path, tmp_path: Path) -> None:
+    state, adapter = build(load_unet(shallow))
     before = (save(tmp_path, state, adapter) / "manifest.json").stat().st_mtime_ns
     assert (save(tmp_path, state, adapter) / "manifest.json").stat().st_mtime_ns == before
 
 
 def test_the_newest_that_verifies_is_used_and_pruning_keeps_the_newest(
-    sd15: Path, tmp_path: Path
+    shallow: Path, tmp_path: Path
 ) -> None:
-    state, adapter = build(load_unet(sd15))
+    state, adapter = build(load_unet(shallow))
     for _ in range(3):
         advance(state)
         save(tmp_path, state, adapter)
@@ -81,9 +81,9 @@ def test_the_newest_that_verifies_is_used_and_pruning_keeps_the_newest(
 
 @pytest.mark.parametrize("where", ["moments", "scale", "weights"])
 def test_what_is_not_finite_is_neither_saved_nor_taken(
-    sd15: Path, tmp_path: Path, where: str
+    shallow: Path, tmp_path: Path, where: str
 ) -> None:
-    state, adapter = build(load_unet(sd15))
+    state, adapter = build(load_unet(shallow))
     good = save(tmp_path, state, adapter)
     state.step = 1
     hit = {
@@ -98,13 +98,13 @@ def test_what_is_not_finite_is_neither_saved_nor_taken(
     if where != "weights":
         numbers, tensors = state.numbers(), state.optimizer_tensors()
         with pytest.raises(ModelError, match=r"not finite|scale is nan"):
-            build(load_unet(sd15))[0].load(tensors, numbers)
+            build(load_unet(shallow))[0].load(tensors, numbers)
 
 
 def test_there_must_be_room_for_the_state_and_its_adapter(
-    sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shallow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state, adapter = build(load_unet(sd15))
+    state, adapter = build(load_unet(shallow))
     needed = checkpoints.space_needed(state.flat.master.numel(), saves=1, keep=1)
     for free, fits in ((needed - 1, False), (needed, True)):
         usage = SimpleNamespace(free=free)

@@ -38,10 +38,10 @@ def config(folder: Path, model: Path, output: Path, settings: str = "") -> Confi
 
 
 def test_a_run_stops_before_it_begins_and_lists_every_bad_file(
-    folder: Path, sd15: Path, tmp_path: Path, screen: Screen
+    folder: Path, shallow: Path, tmp_path: Path, screen: Screen
 ) -> None:
     with pytest.raises(DataError) as caught:
-        train(config(folder, sd15, tmp_path / "run"), screen.console)
+        train(config(folder, shallow, tmp_path / "run"), screen.console)
     assert caught.value.exit_code == 3
     assert caught.value.what == "35 of 71 images and 2 rows of caption tables cannot be used"
     faults = [line for line in caught.value.problems if not line.startswith("note: ")]
@@ -49,9 +49,11 @@ def test_a_run_stops_before_it_begins_and_lists_every_bad_file(
     assert not list(tmp_path.glob("run/*.safetensors"))
 
 
-def test_a_run_trains_on_the_rest(folder: Path, sd15: Path, tmp_path: Path, screen: Screen) -> None:
+def test_a_run_trains_on_the_rest(
+    folder: Path, shallow: Path, tmp_path: Path, screen: Screen
+) -> None:
     settings = ", on_bad: skip, missing_caption: empty"
-    train(config(folder, sd15, tmp_path / "run", settings), screen.console)
+    train(config(folder, shallow, tmp_path / "run", settings), screen.console)
     assert (tmp_path / "run" / "run.safetensors").is_file()
     skipped = [line for line in screen.text.splitlines() if "; " in line and "note: " in line]
     assert len(skipped) == 34

@@ -29,8 +29,8 @@ SIZED = [
 
 
 @pytest.fixture
-def objective(sd15: Path) -> Objective:
-    return Objective(load_unet(sd15), NoiseSchedule(), seed=0, drops=False)
+def objective(shallow: Path) -> Objective:
+    return Objective(load_unet(shallow), NoiseSchedule(), seed=0, drops=False)
 
 
 def test_a_sample_draws_the_same_in_every_batch(objective: Objective) -> None:
@@ -65,8 +65,8 @@ def test_the_seed_decides(objective: Objective) -> None:
     assert not torch.allclose(losses(objective, batch), first, rtol=1e-3)
 
 
-def test_dropout_is_drawn_from_the_samples_number(sd15: Path) -> None:
-    unet = load_unet(sd15).train()
+def test_dropout_is_drawn_from_the_samples_number(shallow: Path) -> None:
+    unet = load_unet(shallow).train()
     adapter = attach(unet, rank=2, dropout=0.5)
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter)
@@ -212,7 +212,7 @@ def test_a_samples_weight_is_a_factor_of_its_loss_in_training_alone(objective: O
     assert validate(objective, twice) == validate(objective, SAMPLES[:2])
 
 
-def test_micro_batches_learn_what_the_whole_batch_does(sd15: Path) -> None:
+def test_micro_batches_learn_what_the_whole_batch_does(shallow: Path) -> None:
     samples = [
         replace(masked(0, LEFT), weight=2.0),
         masked(1, None),
@@ -221,7 +221,7 @@ def test_micro_batches_learn_what_the_whole_batch_does(sd15: Path) -> None:
     ]
 
     def gradient(*cuts: slice) -> torch.Tensor:
-        unet = load_unet(sd15)
+        unet = load_unet(shallow)
         (first, *_) = list(attach(unet, rank=2).layers.values())
         torch.nn.init.ones_(first.lora_b.weight)
         objective = Objective(unet, NoiseSchedule(), seed=0, drops=False)

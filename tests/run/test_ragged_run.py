@@ -63,9 +63,9 @@ def log_of(config: Config) -> list[list[str]]:
 
 
 def test_every_image_is_seen_exactly_as_often_as_stated_whoever_reads_and_after_a_stop(
-    tmp_path: Path, sd15: Path, screen: Screen, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shallow: Path, screen: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(tmp_path, sd15, "straight")
+    config = config_of(tmp_path, shallow, "straight")
     train(config, screen.console)
     steps = log_of(config)
     seen = Counter(file for files in steps for file in files)
@@ -80,7 +80,7 @@ def test_every_image_is_seen_exactly_as_often_as_stated_whoever_reads_and_after_
     assert f"{samples} samples" in screen.text
     assert f"{len(steps)} steps" in screen.text
 
-    workers = config_of(tmp_path, sd15, "workers", workers=1)
+    workers = config_of(tmp_path, shallow, "workers", workers=1)
     for end, now in ((9, workers), (18, workers.model_copy(update={"train": config.train}))):
         with monkeypatch.context() as patch:
             stop_after(patch, end)

@@ -14,9 +14,9 @@ from tests.families import single_file
 
 
 @pytest.fixture
-def drawing(sd15: Path) -> Drawing:
+def drawing(shallow: Path) -> Drawing:
     return Drawing(
-        model=ModelSource(path=str(sd15)),
+        model=ModelSource(path=str(shallow)),
         adapter=None,
         strength=1.0,
         prompts=("a red disc",),
@@ -84,8 +84,9 @@ def test_several_prompts_come_on_one_sheet(drawing: Drawing, tmp_path: Path) -> 
 
 
 def test_a_run_brings_its_model_and_its_adapter(
-    drawing: Drawing, finished: Path, tmp_path: Path
+    drawing: Drawing, finished: Path, sd15: Path, tmp_path: Path
 ) -> None:
+    drawing = replace(drawing, model=ModelSource(path=str(sd15)))
     plain = drawn(drawing, tmp_path / "plain.png")
     of_run = drawn(replace(drawing, model=ModelSource(path=str(finished))), tmp_path / "run.png")
     by_file = replace(drawing, adapter=finished / "disc.safetensors")

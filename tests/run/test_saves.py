@@ -17,8 +17,8 @@ METADATA = {"ss_steps": "4", "modelspec.implementation_version": "eri/test"}
 
 
 @pytest.fixture
-def trained(sd15: Path) -> tuple[TrainState, Adapter]:
-    adapter = attach(load_unet(sd15), rank=2)
+def trained(shallow: Path) -> tuple[TrainState, Adapter]:
+    adapter = attach(load_unet(shallow), rank=2)
     state = TrainState(adapter.flatten(torch.float32))
     state.step = 4
     return state, adapter
@@ -30,8 +30,8 @@ def said() -> list[str]:
 
 
 @pytest.fixture
-def saves(sd15: Path, tmp_path: Path, said: list[str]) -> Saves:
-    layers = layer_shapes(load_unet(sd15))
+def saves(shallow: Path, tmp_path: Path, said: list[str]) -> Saves:
+    layers = layer_shapes(load_unet(shallow))
     folder = tmp_path / "disc"
     folder.mkdir()
     return Saves(folder=folder, keep=2, layers=layers, made_with={}, say=said.append)
@@ -97,6 +97,20 @@ def test_what_float16_cannot_hold_is_saved_all_the_same(
     found = checkpoints.newest(saves.folder)
     assert found is not None and found.step == 4
     assert not (saves.folder / STEP_4).exists()
+
+
+def test_a_run_goes_on_from_what_float16_cannot_hold(
+    saves: Saves, trained: tuple[TrainState, Adapter], said: list[str]
+) -> None:
+    trained[0].flat.master[0] = 70_000.0
+    saves.make_up(*trained, METADATA)
+    warning, *tensors = said[0].splitlines()
+    assert warning.startswith("warning: step 4 has no adapter of its own: ")
+    assert len(tensors) == 1 and "lora_unet_" in tensors[0]
+    assert not (saves.folder / STEP_4).exists()
+    trained[0].flat.master[0] = 1.0
+    saves.make_up(*trained, METADATA)
+    assert (saves.folder / STEP_4).exists() and len(said) == 1
 
 
 def test_a_run_is_finished_by_an_adapter_of_its_own_numbers(

@@ -133,11 +133,11 @@ def test_another_prediction_is_a_changed_setting_and_the_same_one_is_not(
 
 
 def test_where_parts_lie_does_not_matter_but_what_they_hold_does(
-    bare: Config, screen: Screen, change: Change, tmp_path: Path, sd15: Path
+    bare: Config, screen: Screen, change: Change, tmp_path: Path, shallow: Path
 ) -> None:
-    parts = {"vae": str(sd15), "text": str(sd15)}
+    parts = {"vae": str(shallow), "text": str(shallow)}
     train(change(bare, model=parts, train={"steps": 1}), screen.console)
-    elsewhere = shutil.copytree(sd15, tmp_path / "elsewhere")
+    elsewhere = shutil.copytree(shallow, tmp_path / "elsewhere")
     moved = {"vae": str(elsewhere), "text": str(elsewhere)}
     train(change(bare, model=moved, train={"steps": 2}), screen.console)
     assert "going on from step 1" in screen.text

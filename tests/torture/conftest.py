@@ -1,6 +1,5 @@
-"""What the torture tests share: a server that forks sessions, and a run that nobody disturbed."""
+"""What the torture tests share: a run that nobody disturbed, and what is needed for another."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,17 +9,12 @@ from tests.torture.workload import Workload
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[ForkServer]:
-    """Forks sessions of the command line; see `ForkServer.start`."""
-    with ForkServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def straight(tmp_path_factory: pytest.TempPathFactory, sd15: Path, server: ForkServer) -> Workload:
+def straight(
+    tmp_path_factory: pytest.TempPathFactory, shallow: Path, server: ForkServer
+) -> Workload:
     """The workload, trained without a fault; its cache is in `folder / "cache"`; read only."""
     folder = tmp_path_factory.mktemp("straight")
-    made = Workload.make(folder, sd15)
+    made = Workload.make(folder, shallow)
     session = server.start(
         "train", made.config, folder=folder / "session", env={"ERI_CACHE": str(folder / "cache")}
     )

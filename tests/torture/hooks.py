@@ -2,6 +2,7 @@
 
 import builtins
 import importlib
+import multiprocessing
 import os
 import sys
 import time
@@ -10,7 +11,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["fail", "give_nan", "lose", "send", "slow"]
+from eri.run.saves import Saves
+
+__all__ = ["fail", "give_nan", "kill_workers", "lose", "outgrow", "send", "slow", "turn_back"]
 
 
 def slow(*targets: tuple[str, float]) -> None:
@@ -38,6 +41,35 @@ def give_nan(target: str) -> None:
     """A function that returns NaN."""
     owner, name, right = _found(target)
     setattr(owner, name, lambda *given, **named: right(*given, **named) * torch.nan)
+
+
+def outgrow(step: int, number: float) -> None:
+    """An adapter of which one number is this when a step is saved."""
+    save = Saves.save
+
+    def saved(saves: Saves, state: Any, adapter: Any, **more: Any) -> None:
+        if state.step == step:
+            state.flat.master[0] = number
+        save(saves, state, adapter, **more)
+
+    Saves.save = saved  # type: ignore[method-assign]
+
+
+def kill_workers() -> None:
+    """Processes that read samples ahead, killed at every step."""
+
+    def kill() -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    _before("eri.train.step.Step.__call__", kill)
+
+
+def turn_back(seconds: float) -> None:
+    """A clock that is that much behind."""
+    now = time.time
+    time.time = lambda: now() - seconds
+    time.time_ns = lambda: int(time.time() * 1e9)
 
 
 def lose(number: int, way: str) -> None:

@@ -110,7 +110,9 @@ def caching(
     for _ in range(kills):
         shutil.rmtree(cache, ignore_errors=True)
         session = server.start(
-            "train", workload.config, folder=workload.folder / "said", env={"ERI_CACHE": str(cache)}
+            *("train", workload.config, "--set", "train.steps=1000"),  # it never ends by itself
+            folder=workload.folder / "said",
+            env={"ERI_CACHE": str(cache)},
         )
         least = draw.randint(1, len(expected))
         assert session.wait_for(lambda: len(_entries(cache)) >= least), session.err  # noqa: B023

@@ -115,11 +115,11 @@ def test_in_errors(
     assert "ValueError" in said
 
 
-def test_in_adapters_and_images_of_a_run(command: Command, tmp_path: Path, sd15: Path) -> None:
+def test_in_adapters_and_images_of_a_run(command: Command, tmp_path: Path, shallow: Path) -> None:
     """All of them at once: images that are trained on, with captions, and then broken ones."""
     adapter, photos = tmp_path / "adapter.safetensors", tmp_path / "photos"
     metadata = {text: text for text in HOSTILE.values() if "\udcff" not in text}
-    pairs = attach(load_unet(sd15), rank=1).pairs()
+    pairs = attach(load_unet(shallow), rank=1).pairs()
     write_adapter(pairs, adapter, dialect="kohya", dtype=torch.float16, metadata=metadata)
     for words in (["inspect"], ["inspect", "--json"]):
         code, said = command(*words, adapter)
@@ -129,7 +129,7 @@ def test_in_adapters_and_images_of_a_run(command: Command, tmp_path: Path, sd15:
     for text in HOSTILE.values():
         Image.new("RGB", (64, 64)).save(photos / f"{text}.png")
         (photos / f"{text}.txt").write_text(text, errors="replace")
-    plan = ("train", "--model", sd15, "--data", photos, "--dry-run", "--set", SMALL)
+    plan = ("train", "--model", shallow, "--data", photos, "--dry-run", "--set", SMALL)
     assert command(*plan)[0] == 3  # control characters in captions
     for caption in photos.glob("*.txt"):
         text = caption.read_text().replace("\n", " ")
