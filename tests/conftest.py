@@ -64,13 +64,15 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped where there is none; what a file sets up stands once.
 
-    The tests of a file run in one worker, as do all of those that the server of forked sessions
-    serves, which begin first. With many workers there are a few servers.
+    The tests of a file run in one worker, but those of a GPU, as do all of those that the server of
+    forked sessions serves, which begin first. With many workers there are a few servers.
     """
     servers = max(1, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) // 4)
     skipped = not torch.cuda.is_available()
     for item in items:
-        if skipped and item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu"):
+            if not skipped:
+                continue
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
         place = item.nodeid.partition(".py::")[0].removeprefix("tests/")
         served = "server" in getattr(item, "fixturenames", ())
