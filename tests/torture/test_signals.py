@@ -124,8 +124,10 @@ def test_more_signals_end_a_save_at_once_and_what_was_saved_stays(
     assert ended.err == ("eri: stopped\n" if code > 0 else "")
     at_once = cleaning > 0 or code < 0
     seen = assert_invariants(workload.run, ended, before=before, killed=at_once)
-    assert seen.step == before.step > 0
-    assert any(workload.run.glob(".staging-*")) == at_once
+    assert before.step > 0
+    if code > 0:  # a kill may come between two saves
+        assert seen.step == before.step
+        assert any(workload.run.glob(".staging-*")) == at_once
 
 
 @pytest.mark.parametrize("way", ["no reader", "full disk"])
