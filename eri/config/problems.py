@@ -54,8 +54,8 @@ def _path_of(detail: Any, value: Any) -> KeyPath:
         return location
     path: KeyPath = ()
     for step in location:
-        known = step in value if isinstance(value, dict) else isinstance(value, list)
-        if not known:
+        places = range(len(value)) if isinstance(value, list) else value
+        if not isinstance(value, dict | list) or step not in places:
             break
         value = value[step]
         path = (*path, step)

@@ -22,6 +22,13 @@ def test_the_alternatives_of_a_setting_are_told_as_one() -> None:
     assert problem.hint == "train.steps: optimizer steps; auto derives them from the images"
 
 
+@pytest.mark.parametrize("value", ["[150]", "{auto: 1}", "[[auto]]", "'0'"])
+def test_a_value_of_another_kind_is_told_whole(value: str) -> None:
+    found = problems(f"model: demo\ndata: x\ntrain: {{steps: {value}}}\n")
+    assert list(found) == [("train", "steps")]
+    assert found["train", "steps"].what.endswith("; allowed: 'auto' or a whole number")
+
+
 def test_a_short_form_is_told_as_it_was_written() -> None:
     found = problems("model: ''\ndata: ''\n")
     assert [(problem.where, problem.what) for problem in found.values()] == [
