@@ -54,10 +54,12 @@ def _path_of(detail: Any, value: Any) -> KeyPath:
         return location
     path: KeyPath = ()
     for step in location:
-        places = range(len(value)) if isinstance(value, list) else value
-        if not isinstance(value, dict | list) or step not in places:
+        if isinstance(value, dict) and step in value:
+            value = value[step]
+        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+            value = value[step]
+        else:
             break
-        value = value[step]
         path = (*path, step)
     return path
 
