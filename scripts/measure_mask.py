@@ -86,7 +86,7 @@ def learn(
         steps: to measure after.
     """
     unet = load_unet(MODEL)
-    state = TrainState(attach(unet, rank=RANK, alpha=RANK).flatten(torch.float32))
+    state = TrainState(attach(unet, rank=RANK, alpha=RANK).flatten())
     objective = Objective(unet, NoiseSchedule(), seed=0, drops=False)
     update = Step(state, objective, weight_decay=0.01, max_grad_norm=1.0)
     if unmasked is not None:

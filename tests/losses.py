@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from eri.layers.flat import Flat
@@ -21,7 +20,7 @@ def losses(loss: Loss, batch: Any) -> Tensor:
 def state_of(scaling: bool = False, **weights: Tensor) -> TrainState:
     """A fresh state of some parameters."""
     parameters = {name: nn.Parameter(value.clone()) for name, value in weights.items()}
-    return TrainState(Flat(parameters, torch.float32), scaling=scaling)
+    return TrainState(Flat(parameters), scaling=scaling)
 
 
 @dataclass

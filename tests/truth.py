@@ -52,7 +52,7 @@ def train_here(folder: Path, settings: Settings, steps: Collection[int]) -> dict
     unet = load_unet(folder)
     batches = random_batches(unet.spec, max(steps))
     adapter = attach(unet, rank=RANK, alpha=ALPHA)
-    state = TrainState(adapter.flatten(torch.float32))
+    state = TrainState(adapter.flatten())
     schedule = NoiseSchedule(
         prediction=settings.prediction, zero_terminal_snr=settings.zero_terminal_snr
     )

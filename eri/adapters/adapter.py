@@ -14,6 +14,8 @@ from eri.errors import ModelError
 from eri.formats.adapter_file import LoRAPair, read_adapter
 from eri.layers import Conv2d, Linear, LoRAConv2d, LoRALinear
 from eri.layers.flat import Flat
+from eri.layers.lora import Copier
+from eri.layers.lora_copies import LoRACopies
 from eri.rng import generator
 
 __all__ = ["Adapter", "attach", "layer_shapes", "load_adapter"]
@@ -25,7 +27,7 @@ class Adapter:
     def __init__(self, model: nn.Module, layers: Mapping[str, LoRALinear | LoRAConv2d]) -> None:
         self.model = model
         self.layers = dict(layers)
-        self._flat: Flat | None = None
+        self._copies: tuple[list[Copier], LoRACopies] | None = None
 
     def parameters(self) -> list[nn.Parameter]:
         """Every down and up matrix, in the model's order: what an optimizer is given."""
@@ -60,8 +62,7 @@ class Adapter:
             )
         for name, parameter in self.named_parameters():
             parameter.copy_(state[name])
-        if self._flat is not None:
-            self._flat.refresh()
+        self.changed()
 
     def pairs(self) -> dict[str, LoRAPair]:
         """The adapter as the file formats take it."""
@@ -91,20 +92,25 @@ class Adapter:
         for layer in self.layers.values():
             layer.scale = strength * layer.alpha / layer.rank
 
-    def flatten(self, dtype: torch.dtype) -> Flat:
+    def flatten(self) -> Flat:
         """Move all matrices into one piece of memory, down matrices first.
 
         Layers that read the same input then have theirs side by side.
-
-        Args:
-            dtype: in which the model computes; the layers get shadows of this type.
         """
         named = sorted(self.named_parameters(), key=lambda pair: ".lora_b." in pair[0])
-        self._flat = flat = Flat(dict(named), dtype)
-        shadows = flat.views(flat.shadow)
-        for name, layer in self.layers.items():
-            layer.shadow(shadows[f"{name}.lora_a.weight"], shadows[f"{name}.lora_b.weight"])
+        flat = Flat(dict(named), self.changed)
+        self._copies = None  # from where the matrices were
+        self.changed()  # what that needs is made now, not within a step, which may keep nothing
         return flat
+
+    def changed(self) -> None:
+        """Have the matrices copied to wherever they are read; see `LoRALayer.copied_by`."""
+        copiers = dict.fromkeys(layer.copied_by for layer in self.layers.values())
+        readers = [copier for copier in copiers if copier is not None]
+        if self._copies is None or self._copies[0] != readers:
+            copies = LoRACopies(copy for reader in readers for copy in reader.copies())
+            self._copies = readers, copies
+        self._copies[1]()
 
     def detach(self) -> None:
         """Put the base layers back: the model computes what it did before."""

@@ -1,10 +1,10 @@
-"""One update of flat parameters: unscale, clip, AdamW, 16-bit copy, zeroed gradient.
+"""One update of flat parameters: unscale, clip, AdamW, zeroed gradient.
 
 Fused are: the norm of the gradient and all that is decided by it; unscaling and clipping; AdamW;
-the cast of the new parameters; the zeroes for the next gradient. Each buffer is read and written
-once, the gradient read twice: 38 bytes a parameter with a 16-bit copy. What changes from step to
-step is read from a control block on the device, so that nothing waits for the host and the whole
-can be captured in a CUDA graph. No sum depends on timing: equal inputs give equal bits.
+the zeroes for the next gradient. Each buffer is read and written once, the gradient read twice: 36
+bytes a parameter. What changes from step to step is read from a control block on the device, so
+that nothing waits for the host and the whole can be captured in a CUDA graph. No sum depends on
+timing: equal inputs give equal bits.
 
     norm = ‖grad‖ / scale
     g    = grad / scale · min(1, max_grad_norm / (norm + 1e-6))
@@ -16,7 +16,7 @@ Source: Loshchilov, Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.
 as `torch.optim.AdamW` computes it. Loss scaling: Micikevicius et al., arXiv 1710.03740.
 
 Limits of the kernel: sm_80 or newer; float32 buffers, each contiguous and beginning at a multiple
-of 16 bytes; a shadow of bfloat16 or float16. Squares of the gradient over 3e38 count as infinite.
+of 16 bytes. Squares of the gradient over 3e38 count as infinite.
 
 Measured with `pytest -s -m gpu tests/layers/test_adamw.py -k bandwidth`.
 """
@@ -68,7 +68,6 @@ def adamw_reference(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     grad: Tensor,
-    shadow: Tensor | None,
     *,
     control: Tensor,
     beta1: float,
@@ -99,8 +98,6 @@ def adamw_reference(
     denominator = torch.sqrt(exp_avg_sq, out=grad).mul_(root).add_(eps)
     change = torch.div(exp_avg, denominator, out=grad).mul_(scalar(lr / (1 - beta1**updates)))
     master.sub_(change.addcmul_(master, scalar(lr * weight_decay)))
-    if shadow is not None:
-        shadow.copy_(master)
     grad.zero_()
 
 
@@ -127,7 +124,6 @@ def unsupported(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     grad: Tensor,
-    shadow: Tensor | None,
     *,
     control: Tensor,
     workspace: Tensor,
@@ -144,10 +140,6 @@ def unsupported(
     for name, tensor in named.items():
         if name != "workspace" and tensor.dtype != torch.float32:
             return f"{name} is {type_name(tensor.dtype)}, not float32"
-    if shadow is not None:
-        named["shadow"] = shadow
-        if shadow.dtype not in {torch.bfloat16, torch.float16}:
-            return f"shadow is {type_name(shadow.dtype)}, not bfloat16 or float16"
     for name, tensor in named.items():
         if not tensor.is_contiguous():
             return f"{name} is not contiguous"
@@ -160,7 +152,7 @@ def unsupported(
 
 SCHEMA = (
     "adamw_(Tensor(a!) master, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) grad, "
-    "Tensor(e!)? shadow, Tensor(f!) control, Tensor(g!) workspace, float beta1, float beta2, "
+    "Tensor(e!) control, Tensor(f!) workspace, float beta1, float beta2, "
     "float eps, float weight_decay, float max_grad_norm, int growth_interval) -> ()"
 )
 LIBRARY = Library("eri", "FRAGMENT")
@@ -173,7 +165,6 @@ def _in_order(  # noqa: PLR0917 - the signature of the op
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     grad: Tensor,
-    shadow: Tensor | None,
     control: Tensor,
     workspace: Tensor,
     beta1: float,
@@ -188,7 +179,6 @@ def _in_order(  # noqa: PLR0917 - the signature of the op
         exp_avg,
         exp_avg_sq,
         grad,
-        shadow,
         control=control,
         beta1=beta1,
         beta2=beta2,
@@ -214,7 +204,6 @@ def adamw_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     grad: Tensor,
-    shadow: Tensor | None,
     *,
     control: Tensor,
     workspace: Tensor,
@@ -235,7 +224,6 @@ def adamw_(
         exp_avg: decaying mean of the gradient, `[n]`, float32.
         exp_avg_sq: decaying mean of its square, `[n]`, float32.
         grad: of the step's loss times `Control.SCALE`, `[n]`, float32; zero afterwards.
-        shadow: gets the new parameters in its own type, `[n]`; None, or `master` itself, is none.
         control: `[CONTROL_SIZE]`, float32; see `Control`.
         workspace: of `adamw_workspace`.
         betas: decays of the two means.
@@ -248,8 +236,7 @@ def adamw_(
         ValueError: a size or a setting that cannot be.
         ConfigError: the backend is `cuda` and the kernel cannot be used.
     """
-    shadow = None if shadow is master else shadow
-    buffers = (master, exp_avg, exp_avg_sq, grad, shadow)
+    buffers = (master, exp_avg, exp_avg_sq, grad)
     _check_sizes(*buffers, control=control, workspace=workspace)
     if not eps > 0 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"adamw_: expected 0 <= betas < 1 and eps > 0, found {betas} and {eps}")
@@ -264,10 +251,9 @@ def adamw_(
         _in_order(*buffers, control, workspace, *settings)
 
 
-def _check_sizes(master: Tensor, *rows: Tensor | None, control: Tensor, workspace: Tensor) -> None:
-    present = [master, *(row for row in rows if row is not None)]
-    if master.dim() != 1 or any(row.shape != master.shape for row in present):
-        found = ", ".join(str(list(row.shape)) for row in present)
+def _check_sizes(master: Tensor, *rows: Tensor, control: Tensor, workspace: Tensor) -> None:
+    if master.dim() != 1 or any(row.shape != master.shape for row in rows):
+        found = ", ".join(str(list(row.shape)) for row in (master, *rows))
         raise ValueError(f"adamw_: expected rows [n] of one length, found {found}")
     if control.shape != (CONTROL_SIZE,) or workspace.shape != (WORKSPACE_BYTES,):
         raise ValueError(

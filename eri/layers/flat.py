@@ -3,14 +3,14 @@
 Source: "flat parameters" as in Rajbhandari et al., "ZeRO", arXiv 1910.02054, section 5.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 __all__ = ["Flat"]
 
-ALIGNMENT = 8  # elements; a 16-bit shadow then begins at a multiple of 16 bytes
+ALIGNMENT = 8  # elements, that is 32 bytes
 
 
 class Flat:
@@ -21,13 +21,15 @@ class Flat:
 
     Args:
         parameters: by name, float32, on one device; they lie in this order.
-        dtype: of the shadow.
+        copy: makes all copies that others read; called by `changed`.
 
     Raises:
         ValueError: no parameter, or one that is not float32.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], copy: Callable[[], None] = lambda: None
+    ) -> None:
         wrong = {name: p.dtype for name, p in parameters.items() if p.dtype != torch.float32}
         if wrong or not parameters:
             raise ValueError(f"Flat: expected float32 parameters, found {wrong or 'none'}")
@@ -47,7 +49,7 @@ class Flat:
             parameters[name].data = view
         for name, view in self.views(self.grad).items():
             parameters[name].grad = view
-        self.shadow = self.master.to(dtype)  # master itself where dtype is float32
+        self.changed = copy
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         """The part of a buffer that belongs to each parameter, in its shape."""
@@ -57,9 +59,3 @@ class Flat:
             )
             for name, start in self._starts.items()
         }
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Make the shadow equal to the parameters, after somebody else has changed them."""
-        if self.shadow is not self.master:
-            self.shadow.copy_(self.master)

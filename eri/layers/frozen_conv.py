@@ -45,8 +45,13 @@ class _FrozenConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (weight,) = ctx.saved_tensors
-        shape_alone = grads[0].new_empty(1).expand(ctx.shape)  # the gradient of x needs no more
+        # the gradient of x needs the shape of x alone, but would copy it into the weight's layout
+        x = grads[0]
+        pixels = weight.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if pixels else torch.contiguous_format
+        if x.shape != ctx.shape or not x.is_contiguous(memory_format=layout):
+            x = torch.empty(ctx.shape, dtype=x.dtype, device=x.device, memory_format=layout)
         dx = torch.ops.aten.convolution_backward(
-            grads[0], shape_alone, weight, None, *ctx.settings, (True, False, False)
+            grads[0], x, weight, None, *ctx.settings, (True, False, False)
         )[0]
         return dx, None, None, None, None, None, None

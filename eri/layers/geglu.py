@@ -7,8 +7,9 @@ with the exact Φ (erf), and
 $$dv = da \odot \mathrm{gelu}(g),\quad dg = da \odot v \odot (\Phi(g) + g\,\varphi(g))$$
 
 Fused is each of the two: u is read once and a written once, 6 bytes an element of a in 16 bits;
-backward da and u are read and du written, 10 bytes. Neither φ(g) nor gelu(g) is kept. Behind the
-rows of a and du a tail can be left, see `eri/layers/vectors.py`.
+backward da and u are read, du and a written, 12 bytes: the gradients of the product that follows
+need a once more. Neither φ(g) nor gelu(g) is kept. Behind the rows of a and du a tail can be left,
+see `eri/layers/vectors.py`.
 
 Source: Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, section 2.
 
@@ -71,7 +72,7 @@ def unsupported(u: Tensor, tail: int = 0) -> str | None:
 LIBRARY = Library("eri", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag,)
 LIBRARY.define("geglu(Tensor u, int tail) -> Tensor", tags=TAGS)
-LIBRARY.define("geglu_backward(Tensor da, Tensor u, int tail) -> Tensor", tags=TAGS)
+LIBRARY.define("geglu_backward(Tensor da, Tensor u, int tail) -> (Tensor, Tensor)", tags=TAGS)
 
 
 @torch.library.impl(LIBRARY, "geglu", "CPU")
@@ -80,8 +81,9 @@ def _geglu_on_cpu(u: Tensor, tail: int) -> Tensor:
 
 
 @torch.library.impl(LIBRARY, "geglu_backward", "CPU")
-def _geglu_backward_on_cpu(da: Tensor, u: Tensor, tail: int) -> Tensor:
-    return with_tail(geglu_backward_reference(_like_values(da, u), u), tail)
+def _geglu_backward_on_cpu(da: Tensor, u: Tensor, tail: int) -> tuple[Tensor, Tensor]:
+    du = geglu_backward_reference(_like_values(da, u), u)
+    return with_tail(du, tail), _geglu_on_cpu(u, 0)
 
 
 @torch.library.register_fake("eri::geglu", lib=LIBRARY)
@@ -90,8 +92,9 @@ def _geglu_fake(u: Tensor, tail: int) -> Tensor:
 
 
 @torch.library.register_fake("eri::geglu_backward", lib=LIBRARY)
-def _geglu_backward_fake(da: Tensor, u: Tensor, tail: int) -> Tensor:
-    return u.new_empty((u.numel() // u.shape[-1], u.shape[-1] + tail))
+def _geglu_backward_fake(da: Tensor, u: Tensor, tail: int) -> tuple[Tensor, Tensor]:
+    rows = u.numel() // u.shape[-1]
+    return u.new_empty((rows, u.shape[-1] + tail)), u.new_empty((rows, u.shape[-1] // 2))
 
 
 def _like_values(da: Tensor, u: Tensor) -> Tensor:
@@ -105,7 +108,7 @@ def _keep(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
 
 def _backward(ctx: Any, da: Tensor) -> tuple[Tensor, None]:
     (u,) = ctx.saved_tensors
-    return geglu_backward(da[:, : u.shape[-1] // 2], u), None
+    return geglu_backward(da[:, : u.shape[-1] // 2], u)[0], None
 
 
 torch.library.register_autograd("eri::geglu", _backward, setup_context=_keep, lib=LIBRARY)
@@ -124,17 +127,20 @@ def geglu(u: Tensor, tail: int = 0) -> Tensor:
     return a if tail else a.view(*u.shape[:-1], u.shape[-1] // 2)
 
 
-def geglu_backward(da: Tensor, u: Tensor, tail: int = 0) -> Tensor:
-    """The gradient of u `[..., 2·W]` from that of a, with its rows; without a gradient of its own.
+def geglu_backward(da: Tensor, u: Tensor, tail: int = 0) -> tuple[Tensor, Tensor]:
+    """The gradient of u `[..., 2·W]` from that of a, with its rows; and a once more.
+
+    Both are without a gradient of their own.
 
     Returns:
-        Like u; with a tail `[rows, 2·W + tail]`.
+        Like u, with a tail `[rows, 2·W + tail]`; and `[rows, W]`.
 
     Raises:
         ConfigError: the backend is `cuda` and the kernel cannot be used.
     """
     if use_kernel("geglu", u.device, lambda: unsupported(u, tail)):
-        du = torch.ops.eri.geglu_backward(aligned_rows(da), aligned_rows(u), tail)
+        du, a = torch.ops.eri.geglu_backward(aligned_rows(da), aligned_rows(u), tail)
     else:
         du = with_tail(geglu_backward_reference(_like_values(da, u), u), tail)
-    return du if tail else du.view(u.shape)
+        a = with_tail(geglu_reference(u), 0)
+    return du if tail else du.view(u.shape), a

@@ -7,9 +7,10 @@ over the last dimension, and with $g = w \odot dn$
 $$dx = \rho\,(g - \overline{g} - z\,\overline{g \odot z})\ (+\ \text{residual})$$
 
 A row is read once: 4 bytes an element in 16 bits; backward dn, x and a residual that is added are
-read and dx written, 8 bytes. Where x is itself a sum, one pass adds and normalises: two rows are
-read and the rounded sum and n written, 8 bytes instead of 10. Statistics are float32. Behind the
-rows of n and dx a tail can be left, see `eri/layers/vectors.py`.
+read, dx written and n once more, which the gradients of the product that follows need, 10 bytes.
+Where x is itself a sum, one pass adds and normalises: two rows are read and the rounded sum and n
+written, 8 bytes instead of 10. Statistics are float32. Behind the rows of n and dx a tail can be
+left, see `eri/layers/vectors.py`.
 
 Source: Ba et al., "Layer Normalization", arXiv 1607.06450.
 
@@ -75,6 +76,12 @@ def layer_norm_backward_reference(
     return dx if residual is None else dx.add_(residual)
 
 
+def _again(x: Tensor, mean_rstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The norm of x from what was kept of it."""
+    mean, rstd = (part.view(*x.shape[:-1], 1) for part in mean_rstd.t())
+    return torch.addcmul(bias, (x - mean) * rstd, weight).to(x.dtype)
+
+
 def unsupported(x: Tensor, weight: Tensor, tail: int = 0) -> str | None:
     """Why the kernels cannot take x and its weight or leave such a tail, in words; None where they
     can.
@@ -104,8 +111,8 @@ LIBRARY.define(
     tags=TAGS,
 )
 LIBRARY.define(
-    "layer_norm_backward(Tensor dn, Tensor x, Tensor mean_rstd, Tensor weight, Tensor? residual,"
-    " int tail) -> Tensor",
+    "layer_norm_backward(Tensor dn, Tensor x, Tensor mean_rstd, Tensor weight, Tensor bias,"
+    " Tensor? residual, int tail) -> (Tensor, Tensor)",
     tags=TAGS,
 )
 
@@ -128,12 +135,18 @@ def _add_layer_norm_on_cpu(  # noqa: PLR0917 - the signature of the op
 
 @torch.library.impl(LIBRARY, "layer_norm_backward", "CPU")
 def _layer_norm_backward_on_cpu(  # noqa: PLR0917 - the signature of the op
-    dn: Tensor, x: Tensor, mean_rstd: Tensor, weight: Tensor, residual: Tensor | None, tail: int
-) -> Tensor:
+    dn: Tensor,
+    x: Tensor,
+    mean_rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    tail: int,
+) -> tuple[Tensor, Tensor]:
     kept = mean_rstd.to(x.dtype)
     residual = None if residual is None else residual.view(x.shape)
     dx = layer_norm_backward_reference(dn.view(x.shape), x, kept, weight, residual)
-    return with_tail(dx, tail)
+    return with_tail(dx, tail), with_tail(_again(x, kept, weight, bias), 0)
 
 
 @torch.library.register_fake("eri::layer_norm", lib=LIBRARY)
@@ -154,9 +167,16 @@ def _add_layer_norm_fake(  # noqa: PLR0917 - the signature of the op
 
 @torch.library.register_fake("eri::layer_norm_backward", lib=LIBRARY)
 def _layer_norm_backward_fake(  # noqa: PLR0917 - the signature of the op
-    dn: Tensor, x: Tensor, mean_rstd: Tensor, weight: Tensor, residual: Tensor | None, tail: int
-) -> Tensor:
-    return x.new_empty((x.numel() // x.shape[-1], x.shape[-1] + tail))
+    dn: Tensor,
+    x: Tensor,
+    mean_rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    tail: int,
+) -> tuple[Tensor, Tensor]:
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    return x.new_empty((rows, width + tail)), x.new_empty((rows, width))
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm, tail: int = 0) -> tuple[Tensor, Tensor]:
@@ -206,8 +226,10 @@ def layer_norm_backward(  # noqa: PLR0917 - the signature of the op
     norm: nn.LayerNorm,
     residual: Tensor | None = None,
     tail: int = 0,
-) -> Tensor:
-    """The gradient of x `[..., D]`; with a tail `[rows, D + tail]`.
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x `[..., D]`, with a tail `[rows, D + tail]`; and the norm once more.
+
+    The norm is `[rows, D]`: the product that follows it needs it for its gradients.
 
     Args:
         dn: of what `layer_norm` gave, with the rows of x.
@@ -225,8 +247,9 @@ def layer_norm_backward(  # noqa: PLR0917 - the signature of the op
     if use_kernel("layer_norm", x.device, lambda: unsupported(x, norm.weight, tail)):
         added = None if added is None else aligned_rows(added)
         rows = aligned_rows(dn), aligned_rows(x), mean_rstd
-        dx = torch.ops.eri.layer_norm_backward(*rows, norm.weight, added, tail)
+        dx, n = torch.ops.eri.layer_norm_backward(*rows, norm.weight, norm.bias, added, tail)
     else:
         dx = layer_norm_backward_reference(dn, x, mean_rstd, norm.weight, added)
         dx = with_tail(dx, tail)
-    return dx if tail else dx.view(x.shape)
+        n = with_tail(layer_norm_reference(x, norm.weight, norm.bias, norm.eps)[0], 0)
+    return dx if tail else dx.view(x.shape), n

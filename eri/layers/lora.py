@@ -9,16 +9,32 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2
 """
 
 import math
-from typing import Generic, TypeVar
+from collections.abc import Iterator
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from eri.layers.dropout import Dropout
 
-__all__ = ["LoRALayer", "base_of", "check_rank", "master_dtype"]
+__all__ = ["Copier", "LoRALayer", "MatrixCopy", "base_of", "check_rank", "master_dtype"]
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+
+
+class MatrixCopy(NamedTuple):
+    """A matrix, and where its copy is to be."""
+
+    source: Tensor  # [rows, columns]
+    target: Tensor  # the same, in its own type; its columns lie side by side
+
+
+class Copier(Protocol):
+    """Reads copies of the matrices of some layers, which have to be made anew when these change."""
+
+    def copies(self) -> Iterator[MatrixCopy]:
+        """All that it reads."""
+        ...
 
 
 class LoRALayer(nn.Module, Generic[Layer]):
@@ -56,25 +72,13 @@ class LoRALayer(nn.Module, Generic[Layer]):
         self.alpha = float(self.rank if alpha is None else alpha)
         self.scale = self.alpha / self.rank
         self._unmerged_weight: Tensor | None = None
-        self._shadows: tuple[Tensor, Tensor] | None = None
+        self.copied_by: Copier | None = None  # whoever reads copies of the pair
         self.reset_lora_parameters(generator)
 
     @property
     def merged(self) -> bool:
         """Whether the update is part of the base's weight now."""
         return self._unmerged_weight is not None
-
-    def shadow(self, lora_a: Tensor, lora_b: Tensor) -> None:
-        """Take copies of the pair in another type, which whoever changes the pair keeps equal."""
-        self._shadows = (lora_a, lora_b)
-
-    def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A `[rank, fan_in]` and B `[out, rank]` in a type: the shadows where they have it."""
-        pair = self.lora_a.weight, self.lora_b.weight
-        if self._shadows is not None and self._shadows[0].dtype == dtype:
-            pair = self._shadows
-        a, b = (matrix.flatten(1).to(dtype) for matrix in pair)
-        return a, b
 
     def delta(self) -> Tensor:
         """The update scale · B A in the shape of the base's weight, float32 at least."""
@@ -95,7 +99,6 @@ class LoRALayer(nn.Module, Generic[Layer]):
         draw = torch.empty(a.shape, dtype=torch.float32, device="cpu")
         a.copy_(draw.uniform_(-bound, bound, generator=generator))
         self.lora_b.weight.zero_()
-        self._shadows = None  # they were of the old pair
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -1,28 +1,17 @@
 """Attention of a UNet, on tokens or on maps, with or without low-rank updates."""
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.types import Device
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from eri.layers.checks import check_divides, shape_error
 from eri.layers.heads import merge_heads, split_heads
 from eri.layers.linear import Linear
 from eri.layers.lora_linear import LoRALinear
-from eri.layers.norm import GroupNorm, LayerNorm
-from eri.layers.projection import norm_project, project
+from eri.layers.norm import GroupNorm
 
 __all__ = ["LoRAAttention"]
-
-_ATTENTIONS = [
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-]  # whatever else is computed again, their results are kept
 
 
 class LoRAAttention(nn.Module):
@@ -138,45 +127,6 @@ class LoRAAttention(nn.Module):
         k = split_heads(self.to_k(source), self.heads)
         v = split_heads(self.to_v(source), self.heads)
         return self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v)))
-
-    def lean(
-        self, x: Tensor, norm: LayerNorm, context: Tensor | None, *, recompute: bool = False
-    ) -> Tensor:
-        """`x + self(norm(x), context)` with frozen bases, keeping little for the backward pass.
-
-        Args:
-            x: tokens `[B, T, C]`.
-            norm: before the attention.
-            context: `[B, S, context_dim]`; None attends to the tokens themselves.
-            recompute: whether queries, keys and values are computed again instead of kept.
-        """
-        if recompute:
-            y = checkpoint(
-                self._lean_heads,
-                x,
-                norm,
-                context,
-                use_reentrant=False,
-                preserve_rng_state=False,
-                context_fn=partial(create_selective_checkpoint_contexts, _ATTENTIONS),
-            )
-        else:
-            y = self._lean_heads(x, norm, context)
-        return project(y, self.to_out, residual=x)
-
-    def _lean_heads(self, x: Tensor, norm: LayerNorm, context: Tensor | None) -> Tensor:
-        """What the heads give, side by side, `[B, T, H·D]`."""
-        if context is None:
-            q, k, v = self._heads(norm_project(x, norm, self.to_q, self.to_k, self.to_v), 3)
-        else:
-            (q,) = self._heads(norm_project(x, norm, self.to_q), 1)
-            k, v = self._heads(project(context, self.to_k, self.to_v), 2)
-        return merge_heads(F.scaled_dot_product_attention(q, k, v))
-
-    def _heads(self, x: Tensor, count: int) -> list[Tensor]:
-        """Projections side by side `[B, T, n·H·D]` to n of `[B, H, T, D]`, views."""
-        parts = x.unflatten(-1, (count, self.heads, -1)).unbind(2)
-        return [part.transpose(1, 2) for part in parts]
 
     def extra_repr(self) -> str:
         """Widths and heads; the projections print themselves."""

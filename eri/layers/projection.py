@@ -1,28 +1,30 @@
-r"""Frozen linear layers with low-rank updates, run with few launches and keeping little.
+r"""Frozen linear layers with low-rank updates, run as one product.
 
-Layers that read the same input, like the three projections of a self-attention, run as one: their
-frozen weights lie side by side in memory and so do their updates, so that
+Layers that read the same input, like the three projections of a self-attention, run as one. Their
+frozen weights W and their matrices A and B lie in one piece of memory, [N + R, K + R],
 
-$$y = x\,W^T + s\,H B^T,\quad H = x A^T$$
+$$\begin{bmatrix} W & B \\ A & 0 \end{bmatrix}$$
 
-is three launches for all of them, the last of which adds onto y in place. The backward pass is
+so that forward and backward pass are a product each, over rows with a *tail* of R more columns:
 
-$$P = dy\,B,\quad dx = dy\,W + s\,P A,\quad \Delta A = s\,P^T x,\quad \Delta B = s\,dy^T H$$
+$$y = [x, H]\,[W, B]^T,\quad H = s\,x A^T,\qquad dx = [dy, P]\,[W; A],\quad P = s\,dy\,B$$
 
-and adds ΔA and ΔB in float32 straight onto the parameters' `grad`, without a tensor between
-("gradient accumulation fusion": Shoeybi et al., arXiv 1909.08053, and its code).
+H and P are narrow (`eri.layers.lora_products`), and so are the gradients of the matrices,
 
-Three functions wrap it for autograd, each keeping what cannot be computed again cheaply:
-`project` its input, `norm_project` the input of a LayerNorm before it, `feed_forward` its input and
-what goes into its gate.
+$$\Delta A = P^T x,\quad \Delta B = dy^T H$$
 
-Source: Hu et al., "LoRA", arXiv 2106.09685; Chen et al., "Training Deep Nets with Sublinear Memory
-Cost", arXiv 1604.06174.
+which are added in float32 straight onto the parameters' `grad`, without a tensor between
+("gradient accumulation fusion": Shoeybi et al., arXiv 1909.08053, and its code). Rows without a
+tail are taken, too; then the update is added onto y, and onto dx, in place.
+
+A and B here are copies of the parameters, in the type of W. They are copied anew when autograd
+knows that the parameters have changed; whoever changes them otherwise, as `Flat` does, makes the
+`copies` of each layer's `copied_by`.
+
+Source: Hu et al., "LoRA", arXiv 2106.09685; Zhu et al., "LoRAFusion", arXiv 2510.00206, section 3.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,11 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from eri.layers.geglu import geglu, geglu_backward
-from eri.layers.layer_norm import layer_norm, layer_norm_backward
-from eri.layers.lora import LoRALayer, base_of
+from eri.layers.lora import LoRALayer, MatrixCopy, base_of
+from eri.layers.lora_copies import LoRACopies
+from eri.layers.lora_products import lora_down, lora_gradient
 
-__all__ = ["Projection", "feed_forward", "norm_project", "project", "side_by_side"]
+__all__ = ["Projection", "project", "side_by_side"]
+
+VECTOR = 8  # elements; tails are multiples of it
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
@@ -55,128 +59,171 @@ def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
     )
 
 
-@dataclass(frozen=True)
-class _Update:
-    """The low-rank updates of n layers of one width, whose outputs lie side by side."""
-
-    start: int  # first column of y
-    down: Tensor  # A of all, [n·r, K]
-    up: Tensor  # B, [n, N, r]
-    d_down: Tensor  # float32, like `down`
-    d_up: Tensor  # float32, like `up`
-    scale: float
-
-    def columns(self, y: Tensor) -> Tensor:
-        """What the layers give, of y `[T, ΣN]`, as `[n, T, N]`."""
-        n, width, _ = self.up.shape
-        part = y.narrow(1, self.start, n * width)
-        return part.unflatten(1, (n, width)).transpose(0, 1)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the update onto y `[T, ΣN]` in place; H `[T, n·r]` is returned."""
-        h = x @ self.down.T
-        if len(self.up) == 1:
-            self.columns(y)[0].addmm_(h, self.up[0].T, alpha=self.scale)
-        else:
-            self.columns(y).baddbmm_(self._split(h), self.up.mT, alpha=self.scale)
-        return h
-
-    def backward(self, dy: Tensor, x: Tensor, h: Tensor, dx: Tensor | None) -> None:
-        """Add to the gradients of A, of B and, unless it is None, of x."""
-        dys = self.columns(dy)
-        p = torch.empty_like(h)
-        if len(self.up) == 1:
-            torch.mm(dys[0], self.up[0], out=p)
-            _accumulate(self.d_up[0], dys[0].T, h, self.scale)
-        else:
-            torch.bmm(dys, self.up, out=self._split(p))
-            _accumulate(self.d_up, dys.mT, self._split(h), self.scale)
-        _accumulate(self.d_down, p.T, x, self.scale)
-        if dx is not None:
-            dx.addmm_(p, self.down, alpha=self.scale)
-
-    def _split(self, h: Tensor) -> Tensor:
-        """`[T, n·r]` as `[n, T, r]`."""
-        return h.unflatten(1, (len(self.up), -1)).transpose(0, 1)
-
-
 class Projection:
-    """Linear layers, or 1×1 convolutions, with the same input, as one.
+    """Linear layers, or 1×1 convolutions, with the same input and of one width, as one.
+
+    The weights of the layers move into its memory and become views of it.
 
     Args:
-        layers: each plain or with a low-rank update that is neither merged nor drops anything.
-        dtype: in which they compute.
+        layers: frozen; each plain or with a low-rank update that drops nothing.
+
+    Raises:
+        ValueError: the layers have other widths, or their updates other scales.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
+    @torch.no_grad()
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
         bases = [base_of(layer) for layer in layers]
         weights = [base.weight.flatten(1) for base in bases]
-        stacked = side_by_side(weights)
-        self.weight = torch.cat(weights) if stacked is None else stacked.flatten(0, 1)
+        if len({weight.shape for weight in weights}) > 1:
+            raise ValueError(f"Projection: shapes differ: {[list(w.shape) for w in weights]}")
+        self.layers = list(layers)
+        self.count = len(layers)
+        self.width, self.inputs = weights[0].shape  # of a layer
+        ranks = [layer.rank for layer in layers if isinstance(layer, LoRALayer)]
+        self.rank = -(-max(ranks, default=0) // VECTOR) * VECTOR  # each layer's share of a tail
+        self.tail = self.count * self.rank
+        outputs = self.count * self.width
+        self.matrix = weights[0].new_zeros(outputs + self.tail, self.inputs + self.tail)
+        self.up = self.matrix.new_zeros(self.tail, self.width)  # Bᵀ of each, once more
+        for base, weight, start in zip(bases, weights, self._starts(), strict=True):
+            place = self.matrix[start : start + self.width, : self.inputs]
+            place.copy_(weight)
+            base.weight.data = place.unflatten(1, base.weight.shape[1:])
         self.bias = _side_by_side_bias(bases)
-        adapted = [layer for layer in layers if isinstance(layer, LoRALayer) and not layer.merged]
-        self.parameters = [
-            p for layer in adapted for p in (layer.lora_a.weight, layer.lora_b.weight)
-        ]
-        self._layers = layers
-        self._dtype = dtype
+        for layer in layers:
+            if isinstance(layer, LoRALayer):
+                layer.copied_by = self
+        self._copied: list[int] = []
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """Give the layers weights with memory of their own; afterwards it is of no use."""
+        for layer in self.layers:
+            weight = base_of(layer).weight
+            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+            if isinstance(layer, LoRALayer):
+                layer.copied_by = None
 
     @property
-    def updates(self) -> list[_Update]:
-        """The low-rank updates, as few as the memory allows."""
-        return _updates(self._layers, self._dtype)
+    def parameters(self) -> list[nn.Parameter]:
+        """Of the updates that are not merged: A and B of each."""
+        return [
+            matrix.weight for _, layer in self._updates() for matrix in (layer.lora_a, layer.lora_b)
+        ]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """y `[T, ΣN]` of x `[T, K]`, and H of each update."""
+    @property
+    def weight(self) -> Tensor:
+        """W, `[ΣN, K]`."""
+        return self.matrix[: self.count * self.width, : self.inputs]
+
+    def copies(self) -> Iterator[MatrixCopy]:
+        """What of the adapters has to be where, for the products to be right."""
+        for place, layer in self._updates():
+            # detached: a graph that copies hold would tie a later backward pass to this stream
+            a, b = (matrix.weight.detach().flatten(1) for matrix in _pair(layer))
+            row, tail = place * self.width, place * self.rank
+            below = self.matrix[self.count * self.width + tail :, : self.inputs]
+            beside = self.matrix[row : row + self.width, self.inputs + tail :]
+            yield MatrixCopy(a, below[: layer.rank])
+            yield MatrixCopy(b, beside[:, : layer.rank])
+            yield MatrixCopy(b.T, self.up[tail : tail + layer.rank])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """y `[T, ΣN]` and H `[T, tail]` of x `[T, K + tail]`, whose tail is filled, or `[T, K]`."""
+        if not self._is_adapted():
+            return F.linear(x[:, : self.inputs], self.weight, self.bias), None
+        outputs = self.count * self.width
+        h = lora_down(x, self.matrix[outputs:, : self.inputs], 1, self._scale())
+        if x.shape[1] > self.inputs:
+            return F.linear(x, self.matrix[:outputs], self.bias), h
         y = F.linear(x, self.weight, self.bias)
-        return y, [update.forward(x, y) for update in self.updates]
+        return y.addmm_(h, self.matrix[:outputs, self.inputs :].T), h
 
-    def backward(
-        self, dy: Tensor, x: Tensor, hidden: Sequence[Tensor], needs_dx: bool
-    ) -> Tensor | None:
-        """The gradient of x, if it is needed; those of the updates are added to theirs."""
-        dx = dy @ self.weight if needs_dx else None
-        for update, h in zip(self.updates, hidden, strict=True):
-            update.backward(dy, x, h, dx)
-        return dx
+    def narrow(self, dy: Tensor) -> Tensor | None:
+        """P `[T, tail]` of dy `[T, ΣN + tail]`, whose tail is filled, or `[T, ΣN]`."""
+        return lora_down(dy, self.up, self.count, self._scale()) if self._is_adapted() else None
+
+    def backward(self, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradient of x, and P; see `narrow`."""
+        outputs = self.count * self.width
+        p = self.narrow(dy)
+        if p is None:
+            return dy[:, :outputs] @ self.weight, None
+        if dy.shape[1] > outputs:
+            return dy @ self.matrix[:, : self.inputs], p
+        return (dy @ self.weight).addmm_(p, self.matrix[outputs:, : self.inputs]), p
+
+    def add_gradients(self, dy: Tensor, x: Tensor, p: Tensor | None, h: Tensor | None) -> None:
+        """Add the gradients of the updates to theirs.
+
+        Args:
+            dy: `[T, ΣN]`, or with a tail.
+            x: `[T, K]`, or with a tail.
+            p: what `narrow` gave.
+            h: what `forward` gave beside y.
+        """
+        if p is None or h is None:
+            return
+        dy, x = dy[:, : self.count * self.width], x[:, : self.inputs]
+        updates = list(self._updates())
+        downs = [_grad(layer.lora_a.weight) for _, layer in updates]
+        ups = [_grad(layer.lora_b.weight) for _, layer in updates]
+        down, up = side_by_side(downs), side_by_side(ups)
+        if len(updates) == self.count and down is not None and up is not None:
+            lora_gradient(dy, x, p, h, down.flatten(0, 1), up)
+            return
+        for (place, _), down, up in zip(updates, downs, ups, strict=True):
+            own = slice(place * self.rank, (place + 1) * self.rank)
+            part = dy[:, place * self.width : (place + 1) * self.width]
+            lora_gradient(part, x, p[:, own], h[:, own], down, up[None])
+
+    def _is_adapted(self) -> bool:
+        """Whether there is an update; the copies of its matrices are those of now."""
+        if self.tail == 0:
+            return False
+        state = [
+            matrix.weight._version for _, layer in self._updates() for matrix in _pair(layer)
+        ] + [layer.merged for layer in self.layers if isinstance(layer, LoRALayer)]
+        if state != self._copied:
+            self._clear()
+            LoRACopies(self.copies())()
+            self._copied = state
+        return any(True for _ in self._updates())
+
+    def _clear(self) -> None:
+        outputs = self.count * self.width
+        for part in self.matrix[:outputs, self.inputs :], self.matrix[outputs:], self.up:
+            part.zero_()
+
+    def _scale(self) -> float:
+        scales = {layer.scale for _, layer in self._updates()}
+        if len(scales) > 1:
+            raise ValueError(f"Projection: updates have other scales: {sorted(scales)}")
+        return scales.pop()
+
+    def _updates(self) -> Iterator[tuple[int, LoRALayer]]:
+        """Those of the layers that are adapted and not merged, and which they are."""
+        for place, layer in enumerate(self.layers):
+            if isinstance(layer, LoRALayer) and not layer.merged:
+                yield place, layer
+
+    def _starts(self) -> range:
+        return range(0, self.count * self.width, self.width)
 
 
-def project(x: Tensor, *layers: nn.Module, residual: Tensor | None = None) -> Tensor:
+def project(x: Tensor, projection: Projection, residual: Tensor | None = None) -> Tensor:
     """Run linear layers on the same input, which is what is kept of them.
 
     Args:
         x: `[..., K]`.
-        layers: plain or with a low-rank update; or 1×1 convolutions, of which x are the pixels.
+        projection: the layers; of 1×1 convolutions x are the pixels.
         residual: is added, `[..., ΣN]`.
 
     Returns:
         Their outputs side by side, `[..., ΣN]`.
     """
-    projection = Projection(layers, x.dtype)
     return _Project.apply(x, residual, projection, *projection.parameters)
-
-
-def norm_project(x: Tensor, norm: nn.LayerNorm, *layers: nn.Module) -> Tensor:
-    """Run linear layers on `norm(x)`, keeping x; see `project`."""
-    projection = Projection(layers, x.dtype)
-    return _NormProject.apply(x, norm, projection, *projection.parameters)
-
-
-def feed_forward(
-    x: Tensor, norm: nn.LayerNorm, inner: nn.Module, outer: nn.Module, *, recompute: bool = False
-) -> Tensor:
-    """`x + outer(geglu(inner(norm(x))))`, keeping x and what `inner` gave.
-
-    Args:
-        x: `[..., D]`.
-        norm: before the first layer.
-        inner: D to 2·W, values and gates; plain or with a low-rank update.
-        outer: W to D; likewise.
-        recompute: whether the backward pass runs `inner` again instead of keeping what it gave.
-    """
-    first, second = Projection([inner], x.dtype), Projection([outer], x.dtype)
-    parameters = (*first.parameters, *second.parameters)
-    return _FeedForward.apply(x, norm, first, second, recompute, *parameters)
 
 
 class _Project(torch.autograd.Function):
@@ -184,81 +231,26 @@ class _Project(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, projection: Projection, *parameters: Tensor
     ) -> Tensor:
-        y, hidden = projection.forward(x.flatten(0, -2))
-        ctx.projection = projection
-        ctx.save_for_backward(x, *hidden)
+        y, h = projection.forward(x.flatten(0, -2))
+        ctx.projection, ctx.others = projection, len(parameters)
+        ctx.save_for_backward(x, h)
         y = y.unflatten(0, x.shape[:-1])
         return y if residual is None else y.add_(residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, *hidden = ctx.saved_tensors
+        x, h = ctx.saved_tensors
         dy = grads[0].flatten(0, -2)
-        dx = ctx.projection.backward(dy, x.flatten(0, -2), hidden, ctx.needs_input_grad[0])
-        dx = None if dx is None else dx.view(x.shape)
+        projection, dx = ctx.projection, None
+        if ctx.needs_input_grad[0]:
+            dx, p = projection.backward(dy)
+            dx = dx.view(x.shape)
+        else:
+            p = projection.narrow(dy)
+        projection.add_gradients(dy, x.flatten(0, -2), p, h)
         d_residual = grads[0] if ctx.needs_input_grad[1] else None
-        return dx, d_residual, None, *[None] * len(ctx.projection.parameters)
-
-
-class _NormProject(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, norm: nn.LayerNorm, projection: Projection, *parameters: Tensor
-    ) -> Tensor:
-        n, mean_rstd = layer_norm(x, norm)
-        y, hidden = projection.forward(n.flatten(0, -2))
-        ctx.norm, ctx.projection = norm, projection
-        ctx.save_for_backward(x, mean_rstd, *hidden)
-        return y.unflatten(0, x.shape[:-1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, mean_rstd, *hidden = ctx.saved_tensors
-        norm = ctx.norm
-        n = layer_norm(x, norm)[0].flatten(0, -2)
-        needs_dx = ctx.needs_input_grad[0]
-        dn = ctx.projection.backward(grads[0].flatten(0, -2), n, hidden, needs_dx)
-        dx = None if dn is None else layer_norm_backward(dn, x, mean_rstd, norm)
-        return dx, None, None, *[None] * len(ctx.projection.parameters)
-
-
-class _FeedForward(torch.autograd.Function):
-    @staticmethod
-    def forward(  # noqa: PLR0917 (autograd's order)
-        ctx: Any,
-        x: Tensor,
-        norm: nn.LayerNorm,
-        inner: Projection,
-        outer: Projection,
-        recompute: bool,
-        *parameters: Tensor,
-    ) -> Tensor:
-        n, mean_rstd = layer_norm(x, norm)
-        u, inner_hidden = inner.forward(n.flatten(0, -2))
-        y, outer_hidden = outer.forward(geglu(u))
-        ctx.norm, ctx.inner, ctx.outer, ctx.inputs = norm, inner, outer, len(parameters)
-        ctx.split = len(inner_hidden)
-        kept = None if recompute else u
-        ctx.save_for_backward(x, mean_rstd, kept, *inner_hidden, *outer_hidden)
-        return y.unflatten(0, x.shape[:-1]).add_(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, mean_rstd, u, *hidden = ctx.saved_tensors
-        inner_hidden, outer_hidden = hidden[: ctx.split], hidden[ctx.split :]
-        dy = grads[0].flatten(0, -2)
-        n = layer_norm(x, ctx.norm)[0].flatten(0, -2)
-        if u is None:
-            u = ctx.inner.forward(n)[0]
-        da = ctx.outer.backward(dy, geglu(u), outer_hidden, True)
-        dn = ctx.inner.backward(geglu_backward(da, u), n, inner_hidden, ctx.needs_input_grad[0])
-        dx = None
-        if dn is not None:
-            dx = layer_norm_backward(dn, x, mean_rstd, ctx.norm, grads[0])
-        return dx, *[None] * (4 + ctx.inputs)
+        return dx, d_residual, None, *[None] * ctx.others
 
 
 def _side_by_side_bias(layers: Sequence[nn.Linear | nn.Conv2d]) -> Tensor | None:
@@ -272,39 +264,8 @@ def _side_by_side_bias(layers: Sequence[nn.Linear | nn.Conv2d]) -> Tensor | None
     return biases[0] if len(biases) == 1 else torch.cat(biases)
 
 
-def _updates(layers: Sequence[nn.Module], dtype: torch.dtype) -> list[_Update]:
-    """The low-rank updates of some layers, as one where their matrices lie side by side."""
-    adapted = [(layer, start) for layer, start in _starts(layers) if not layer.merged]
-    if len(adapted) == len(layers) > 1 and len({layer.scale for layer, _ in adapted}) == 1:
-        columns = zip(*(_matrices(layer, dtype) for layer, _ in adapted), strict=True)
-        stacks = [side_by_side(column) for column in columns]
-        whole = [stack for stack in stacks if stack is not None]
-        if len(whole) == len(stacks):
-            return [_update(whole, 0, adapted[0][0].scale)]
-    return [
-        _update([matrix[None] for matrix in _matrices(layer, dtype)], start, layer.scale)
-        for layer, start in adapted
-    ]
-
-
-def _starts(layers: Sequence[nn.Module]) -> list[tuple[LoRALayer, int]]:
-    """Those with an update, each with its first column among the outputs of all."""
-    widths = [len(base_of(layer).weight) for layer in layers]
-    starts = accumulate(widths, initial=0)
-    pairs = zip(layers, starts, strict=False)  # the last start is where all end
-    return [(layer, start) for layer, start in pairs if isinstance(layer, LoRALayer)]
-
-
-def _matrices(layer: LoRALayer, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A, B and the gradients of both, as matrices."""
-    down, up = layer.matrices(dtype)
-    return down, up, _grad(layer.lora_a.weight), _grad(layer.lora_b.weight)
-
-
-def _update(stacks: Sequence[Tensor], start: int, scale: float) -> _Update:
-    """From A, B and their gradients, each of n layers, `[n, rows, columns]`."""
-    down, up, d_down, d_up = stacks
-    return _Update(start, down.flatten(0, 1), up, d_down.flatten(0, 1), d_up, scale)
+def _pair(layer: LoRALayer) -> tuple[nn.Module, nn.Module]:
+    return layer.lora_a, layer.lora_b
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:
@@ -312,14 +273,3 @@ def _grad(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad.flatten(1)
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """total += scale · a b, summed in the type of `total`, for matrices or stacks of them."""
-    if a.dtype == total.dtype:
-        (total.addmm_ if total.ndim == 2 else total.baddbmm_)(a, b, alpha=scale)
-    elif a.is_cuda:
-        add = torch.ops.aten.addmm if total.ndim == 2 else torch.ops.aten.baddbmm
-        add.dtype_out(total, a, b, total.dtype, alpha=scale, out=total)
-    else:
-        _accumulate(total, a.to(total.dtype), b.to(total.dtype), scale)

@@ -1,12 +1,12 @@
 """How a U-Net is laid out and run for training; what it computes stays the same.
 
-Maps lie pixel by pixel (`channels_last`), as tensor cores read them and as tokens lie. The
-projections of an attention that read the same input lie side by side, so that one product serves
-them all. And the blocks either run as plain modules, of which autograd keeps what it likes, or
-*lean*: by the functions of `eri.layers.projection`, `group_norm_silu` and `frozen_conv`, which keep
+Maps lie pixel by pixel (`channels_last`), as tensor cores read them and as tokens lie. And the net
+either runs as plain modules, of which autograd keeps what it likes, or *lean*: transformer blocks
+as one function each (`eri.models.lean`), resnets by `group_norm_silu` and `frozen_conv`. These keep
 the inputs of norms, the queries, keys, values and results of attentions, and what goes into gates,
 and compute the rest again on the way. In units of tokens times width that is 17 for a transformer
-block. `Recompute` goes on from there.
+block. `Recompute` goes on from there. The weights of a lean block's linear layers lie where its
+products read them, see `eri.layers.projection`; the modules have views of them.
 
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
 """
@@ -16,13 +16,8 @@ from torch import Tensor, nn
 
 from eri.layers import LoRAConv2d, LoRALinear
 from eri.layers.lora import base_of
-from eri.models.blocks import (
-    RECOMPUTE,
-    BasicTransformerBlock,
-    Recompute,
-    ResNetBlock,
-    SpatialTransformer,
-)
+from eri.models.blocks import BasicTransformerBlock, ResNetBlock, SpatialTransformer
+from eri.models.lean import RECOMPUTE, Recompute
 from eri.models.stage import LoRAUNetBlock
 from eri.models.unet import UNet
 
@@ -43,16 +38,19 @@ def arrange(unet: UNet, *, lean: bool, recompute: Recompute = "nothing") -> None
     """
     if lean:
         _check_lean(unet)
+    pixels: set[nn.Module] = set()  # convolutions that run as linear layers on pixels
     for module in unet.modules():
-        if isinstance(module, UNet | LoRAUNetBlock | ResNetBlock | SpatialTransformer):
+        if isinstance(module, UNet | LoRAUNetBlock | ResNetBlock):
             module.lean = lean
+        elif isinstance(module, SpatialTransformer):
+            module.make_lean(lean)
+            pixels |= {base_of(end) for end in (module.proj_in, module.proj_out) if lean}
         elif isinstance(module, BasicTransformerBlock):
-            module.lean = lean
+            module.make_lean(lean)
             module.recompute = recompute
-            _lay_side_by_side(module.attn1.to_q, module.attn1.to_k, module.attn1.to_v)
-            _lay_side_by_side(module.attn2.to_k, module.attn2.to_v)
-        elif isinstance(module, nn.Conv2d) and not module.weight.requires_grad:
-            module.weight.data = _pixel_by_pixel(module.weight.data)
+        elif isinstance(module, nn.Conv2d) and module not in pixels:
+            if not module.weight.requires_grad:
+                module.weight.data = _pixel_by_pixel(module.weight.data)
 
 
 def _pixel_by_pixel(weight: Tensor) -> Tensor:
@@ -73,10 +71,3 @@ def _check_lean(unet: UNet) -> None:
     for name, parameter in unet.named_parameters():
         if parameter.requires_grad and id(parameter) not in allowed:
             raise ValueError(f"arrange: lean blocks need frozen weights, and {name} trains")
-
-
-def _lay_side_by_side(*layers: nn.Module) -> None:
-    weights = [base_of(layer).weight for layer in layers]
-    whole = torch.stack([weight.data for weight in weights])
-    for weight, part in zip(weights, whole, strict=True):
-        weight.data = part

@@ -5,7 +5,6 @@ token, E width of the time embedding, S tokens of the context, K their width.
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,25 +22,17 @@ from eri.layers import (
 )
 from eri.layers.frozen_conv import frozen_conv
 from eri.layers.group_norm_silu import group_norm_silu
-from eri.layers.projection import feed_forward, project
+from eri.layers.projection import Projection, project
+from eri.models.lean import BlockParts, Recompute, transformer_block
 
 __all__ = [
     "MLP",
-    "RECOMPUTE",
     "BasicTransformerBlock",
     "GEGLUFeedForward",
-    "Recompute",
     "ResNetBlock",
     "SpatialTransformer",
     "TransformerBlock",
 ]
-
-Recompute = Literal["nothing", "feed-forward", "projections", "blocks"]
-"""What of a transformer block the backward pass computes again instead of keeping: what goes into
-the gate; the queries, keys and values as well; the whole block."""
-
-RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
-"""From the most memory to the least."""
 
 
 class ResNetBlock(nn.Module):
@@ -151,7 +142,7 @@ class BasicTransformerBlock(nn.Module):
                 dim, heads, lora_rank, alpha=lora_alpha, context_dim=key_dim, norm_groups=None
             )
 
-        self.lean = False  # see `eri.models.arrange`
+        self.lean: BlockParts | None = None  # see `eri.models.arrange`
         self.recompute: Recompute = "nothing"
         self.norm1 = LayerNorm(dim)
         self.attn1 = attention(None)
@@ -162,17 +153,39 @@ class BasicTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Map tokens `[B, T, D]` and context `[B, S, K]` to `[B, T, D]`."""
+        if self.lean is not None:
+            return transformer_block(x, context, self.lean, self.recompute)
         if self.recompute == "blocks":
             return self._recomputed(self._run, x, context)
         return self._run(x, context)
 
-    def _run(self, x: Tensor, context: Tensor) -> Tensor:
-        attend, feed = (
-            (self._lean_attend, self._lean_feed) if self.lean else (self._attend, self._feed)
+    def make_lean(self, lean: bool) -> None:
+        """Run as one function or as modules; weights of the one lie together."""
+        if lean and self.lean is None:
+            self.lean = self._parts()
+        elif not lean and self.lean is not None:
+            for projection in self.lean.projections:
+                projection.release()
+            self.lean = None
+
+    def _parts(self) -> BlockParts:
+        attention, cross = self.attn1, self.attn2
+        return BlockParts(
+            norms=(self.norm1, self.norm2, self.norm3),
+            heads=attention.heads,
+            self_in=Projection([attention.to_q, attention.to_k, attention.to_v]),
+            self_out=Projection([attention.to_out]),
+            cross_q=Projection([cross.to_q]),
+            cross_kv=Projection([cross.to_k, cross.to_v]),
+            cross_out=Projection([cross.to_out]),
+            ff_in=Projection([self.ff.proj_in]),
+            ff_out=Projection([self.ff.proj_out]),
         )
-        x = attend(x, self.norm1, self.attn1, None)
-        x = attend(x, self.norm2, self.attn2, context)
-        return feed(x)
+
+    def _run(self, x: Tensor, context: Tensor) -> Tensor:
+        x = self._attend(x, self.norm1, self.attn1, None)
+        x = self._attend(x, self.norm2, self.attn2, context)
+        return self._feed(x)
 
     def _attend(
         self, x: Tensor, norm: LayerNorm, attention: LoRAAttention, context: Tensor | None
@@ -186,18 +199,9 @@ class BasicTransformerBlock(nn.Module):
             return x + self._recomputed(lambda x: self.ff(self.norm3(x)), x)
         return x + self.ff(self.norm3(x))
 
-    def _lean_attend(
-        self, x: Tensor, norm: LayerNorm, attention: LoRAAttention, context: Tensor | None
-    ) -> Tensor:
-        return attention.lean(x, norm, context, recompute=self.recompute == "projections")
-
-    def _lean_feed(self, x: Tensor) -> Tensor:
-        again = self.recompute in {"feed-forward", "projections"}
-        return feed_forward(x, self.norm3, self.ff.proj_in, self.ff.proj_out, recompute=again)
-
     def _recomputed(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """`run(*inputs)`, of which only the inputs are kept; lean blocks draw no numbers."""
-        return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=not self.lean)
+        """`run(*inputs)`, of which only the inputs are kept."""
+        return checkpoint(run, *inputs, use_reentrant=False)
 
 
 class SpatialTransformer(nn.Module):
@@ -237,7 +241,7 @@ class SpatialTransformer(nn.Module):
                 Linear(channels, channels) if linear_projection else Conv2d(channels, channels, 1)
             )
 
-        self.lean = False  # see `eri.models.arrange`
+        self.lean: tuple[Projection, Projection] | None = None  # see `eri.models.arrange`
         self.linear_projection = linear_projection
         self.norm = GroupNorm(groups, channels, 1e-6)
         self.proj_in = projection()
@@ -252,8 +256,8 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Map `x` `[B, C, H, W]` and context `[B, S, K]` to `[B, C, H, W]`."""
         height, width = x.shape[-2:]
-        if self.lean:
-            return _map(self._lean_run(x, context), height, width)
+        if self.lean is not None:
+            return _map(self._lean_run(x, context, *self.lean), height, width)
         h = self.norm(x)
         if self.linear_projection:
             h = self.proj_in(_tokens(h))
@@ -267,12 +271,23 @@ class SpatialTransformer(nn.Module):
             h = self.proj_out(_map(h, height, width))
         return x + h
 
-    def _lean_run(self, x: Tensor, context: Tensor | None) -> Tensor:
+    def make_lean(self, lean: bool) -> None:
+        """Run the ends as linear layers on pixels, with weights where their products read them."""
+        if lean and self.lean is None:
+            self.lean = Projection([self.proj_in]), Projection([self.proj_out])
+        elif not lean and self.lean is not None:
+            for projection in self.lean:
+                projection.release()
+            self.lean = None
+
+    def _lean_run(
+        self, x: Tensor, context: Tensor | None, proj_in: Projection, proj_out: Projection
+    ) -> Tensor:
         """The result as tokens `[B, H·W, C]`; a 1×1 convolution is a linear layer on pixels."""
-        h = project(_tokens(group_norm_silu(x, self.norm, silu=False)), self.proj_in)
+        h = project(_tokens(group_norm_silu(x, self.norm, silu=False)), proj_in)
         for block in self.blocks:
             h = block(h, context)
-        return project(h, self.proj_out, residual=_tokens(x))
+        return project(h, proj_out, residual=_tokens(x))
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ Not counted: what single kernels need while they run, and what the allocator kee
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,7 @@ import eri.models
 import eri.run
 from eri.adapters import attach
 from eri.layers.flat import Flat
+from eri.layers.lora import LoRALayer
 from eri.models.arrange import Recompute, arrange
 from eri.models.unet import UNet, UNetSpec
 from eri.run.live_bytes import LiveBytes, backward, fused_attention
@@ -38,7 +40,7 @@ class Footprint:
     """Bytes that a step of training holds on its device."""
 
     weights: int  # of the frozen net
-    adapter: int  # matrices, gradients and optimizer, and the 16-bit shadows of the matrices
+    adapter: int  # matrices, gradients and optimizer, and copies of matrices where they are read
     activations: int  # the most that forward and backward pass hold at once
 
     @property
@@ -85,17 +87,33 @@ def footprint(
     unet, flat = _on_meta(spec, rank, targets, dropout, dtype)
     arrange(unet, lean=lean, recompute=recompute)
     inputs = _inputs(spec, latents, states, dtype)
-    of_the_adapter = (flat.master, flat.grad, flat.exp_avg, flat.exp_avg_sq, flat.shadow)
-    held = LiveBytes([*unet.parameters(), *of_the_adapter, *inputs])
+    of_the_adapter = [flat.master, flat.grad, flat.exp_avg, flat.exp_avg_sq]
+    frozen = [p for p in unet.parameters() if not p.requires_grad]
+    copies = _copies(unet)  # some lie beside weights
+    weights = sum(p.nbytes for p in frozen)
+    held = LiveBytes([*unet.parameters(), *of_the_adapter, *copies, *inputs])
     with held, fused_attention():
         backward(unet(*inputs).float().square().mean())  # the loss is computed in float32
     found = Footprint(
-        weights=sum(p.nbytes for p in unet.parameters() if not p.requires_grad),
-        adapter=sum(buffer.nbytes for buffer in {id(x): x for x in of_the_adapter}.values()),
+        weights=weights,
+        adapter=_memory(of_the_adapter) + _memory([*frozen, *copies]) - weights,
         activations=held.peak,
     )
     remember(FOOTPRINTS, key, [found.weights, found.adapter, found.activations])
     return found
+
+
+def _copies(unet: UNet) -> list[Tensor]:
+    """The copies of matrices where they are read."""
+    layers = [module for module in unet.modules() if isinstance(module, LoRALayer)]
+    copiers = dict.fromkeys(layer.copied_by for layer in layers)
+    return [copy.target for copier in copiers if copier for copy in copier.copies()]
+
+
+def _memory(tensors: Iterable[Tensor]) -> int:
+    """The bytes of the memory that some tensors lie in."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 @lru_cache
@@ -114,7 +132,7 @@ def _on_meta(
 ) -> tuple[UNet, Flat]:
     with torch.device("meta"):
         unet = UNet(spec).to(dtype)
-    flat = attach(unet, rank=rank, dropout=dropout, targets=targets).flatten(dtype)
+    flat = attach(unet, rank=rank, dropout=dropout, targets=targets).flatten()
     return unet.train(), flat
 
 

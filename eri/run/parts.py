@@ -110,7 +110,7 @@ def build(
     workspace = Workspace(plan.device) if plan.device.type == "cuda" else None
     if workspace is not None or memory.recompute != "nothing":
         arrange(unet, lean=memory.lean, recompute=memory.recompute)
-    state = TrainState(adapter.flatten(plan.dtype), scaling=plan.dtype == torch.float16)
+    state = TrainState(adapter.flatten(), scaling=plan.dtype == torch.float16)
     if workspace is not None:
         torch.cuda.empty_cache()  # of all that was done so far; the workspace cannot use it
     painter = _painter(config, plan, unet, encoded.vae, schedule)

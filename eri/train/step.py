@@ -182,13 +182,13 @@ class Step:
             flat.exp_avg,
             flat.exp_avg_sq,
             flat.grad,
-            flat.shadow,
             control=self.state.control,
             workspace=self._workspace,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
             growth_interval=GROWTH_INTERVAL if self.state.scaling else 0,
         )
+        flat.changed()
         self.state.whole = True
 
     def _tell(self, lr: float, share: float, step: int) -> None:

@@ -72,7 +72,7 @@ class EriCase:
         lean = options.get("lean", default) == "on"
         if on_gpu or lean or "recompute" in options:
             arrange(self.unet, lean=lean, recompute=options.get("recompute", "nothing"))
-        flat = self.adapter.flatten(problem.dtype)
+        flat = self.adapter.flatten()
         self.state = TrainState(flat, scaling=problem.dtype == torch.float16)
         self.objective = Objective(self.unet, NoiseSchedule(), seed=problem.seed, drops=False)
         workspace = Workspace(problem.device) if on_gpu else None

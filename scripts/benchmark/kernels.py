@@ -18,7 +18,7 @@ from eri.layers.adamw import CONTROL_SIZE, Control, adamw_, adamw_workspace
 from scripts.benchmark.machine import facts, synchronize
 
 # read: gradient twice, parameter, two moments; written: the last three, zeroes, 16-bit copy
-ADAMW_BYTES = 4 * (2 + 3) + 4 * (3 + 1) + 2
+ADAMW_BYTES = 4 * (2 + 3) + 4 * (3 + 1)
 SIZES = {"sd15": 6_776_832, "sdxl": 42_557_440}  # parameters of a LoRA of rank 16 on all linears
 TINY_SIZE = 4096
 COPY_ELEMENTS = 2**28
@@ -78,17 +78,16 @@ def _copy(device: torch.device, elements: int) -> Timing:
 def _adamw(device: torch.device, family: str, size: int) -> Timing:
     rows = [torch.zeros(size, device=device) for _ in range(4)]
     rows[0].normal_()
-    shadow = rows[0].bfloat16()
     control = torch.zeros(CONTROL_SIZE, device=device)
     control[Control.LR], control[Control.STEP], control[Control.SCALE] = 1e-4, 1, 1
     workspace = adamw_workspace(device)
-    work = partial(adamw_, *rows, shadow, control=control, workspace=workspace, max_grad_norm=1.0)
+    work = partial(adamw_, *rows, control=control, workspace=workspace, max_grad_norm=1.0)
     name = f"eri AdamW, {family}: {size} parameters"
     return Timing(name, _time(work, device), size * ADAMW_BYTES)
 
 
 def _torch_adamw(device: torch.device, family: str, size: int) -> Timing:
-    """Clip and fused AdamW on one parameter; its cast and its zeroes come on top."""
+    """Clip and fused AdamW on one parameter; its zeroes come on top."""
     parameter = nn.Parameter(torch.randn(size, device=device))
     parameter.grad = torch.zeros_like(parameter)
     capturable = device.type == "cuda"
@@ -97,12 +96,10 @@ def _torch_adamw(device: torch.device, family: str, size: int) -> Timing:
     def work() -> None:
         torch.nn.utils.clip_grad_norm_([parameter], 1.0)
         optimizer.step()
-        shadow.copy_(parameter.detach())
         assert parameter.grad is not None
         parameter.grad.zero_()
 
-    shadow = parameter.detach().bfloat16()
-    name = f"PyTorch clip, fused AdamW, cast, zero, {family}"
+    name = f"PyTorch clip, fused AdamW, zero, {family}"
     return Timing(name, _time(work, device), size * ADAMW_BYTES)
 
 

@@ -36,7 +36,6 @@ class Flat:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     grad: Tensor
-    shadow: Tensor | None
     control: Tensor
     workspace: Tensor
 
@@ -46,9 +45,7 @@ class Flat:
         for field in fields(self):
             tensor = getattr(self, field.name)
             wanted = dtype if field.name in {"master", "exp_avg", "exp_avg_sq", "grad"} else None
-            copies[field.name] = (
-                None if tensor is None else tensor.to(device=device, dtype=wanted, copy=True)
-            )
+            copies[field.name] = tensor.to(device=device, dtype=wanted, copy=True)
         return Flat(**copies)
 
     def update(self, **settings: object) -> None:
@@ -57,7 +54,6 @@ class Flat:
             self.exp_avg,
             self.exp_avg_sq,
             self.grad,
-            self.shadow,
             control=self.control,
             workspace=self.workspace,
             **settings,
@@ -74,9 +70,7 @@ class Flat:
         return self.control[place].item()
 
 
-def make(
-    n: int, *, shadow: torch.dtype | None = torch.bfloat16, scale: float = 1.0, device: str = "cpu"
-) -> Flat:
+def make(n: int, *, scale: float = 1.0, device: str = "cpu") -> Flat:
     """Parameters of about one, which have not been updated yet."""
     device = torch.device(device)
     master = torch.randn(n, device=device)
@@ -87,7 +81,6 @@ def make(
         torch.zeros_like(master),
         torch.zeros_like(master),
         torch.zeros_like(master),
-        None if shadow is None else torch.full_like(master, math.nan, dtype=shadow),
         control,
         adamw_workspace(device),
     )
@@ -151,25 +144,10 @@ def test_in_float32_it_is_no_less_exact_than_pytorchs() -> None:
         assert error(getattr(flat, name), expected) <= 2 * error(eager.state[name], expected) + ulp
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_shadow_is_the_cast_parameters_and_the_gradient_is_zero(dtype: torch.dtype) -> None:
-    flat = make(77, shadow=dtype)
+def test_the_gradient_is_zero_afterwards() -> None:
+    flat = make(77)
     flat.step(1, torch.randn(77))
-    assert flat.shadow is not None
-    assert torch.equal(flat.shadow, flat.master.to(dtype))
     assert torch.equal(flat.grad, torch.zeros(77))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_without_a_shadow_or_with_the_parameters_themselves(device: str) -> None:
-    set_backend("auto" if device == "cpu" else "cuda")
-    flat = make(33, shadow=None, device=device)
-    same = flat.to()
-    same.shadow = same.master
-    grad = torch.randn(33)
-    flat.step(1, grad)
-    same.step(1, grad)
-    assert torch.equal(flat.master, same.master)
 
 
 def test_gaps_stay_zero() -> None:
@@ -191,13 +169,11 @@ def test_an_empty_adapter_counts_its_steps() -> None:
 
 def unchanged(flat: Flat, before: Flat) -> bool:
     """Whether nothing was updated, and the gradient is zero nevertheless."""
-    assert flat.shadow is not None and before.shadow is not None
     same = (
         torch.equal(getattr(flat, name), getattr(before, name))
         for name in ("master", "exp_avg", "exp_avg_sq")
     )
-    shadow = torch.equal(flat.shadow.view(torch.int16), before.shadow.view(torch.int16))
-    return all(same) and shadow and not flat.grad.any()
+    return all(same) and not flat.grad.any()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -279,7 +255,7 @@ def test_the_scale_of_the_loss_changes_no_bit(device: str) -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     flat = make(8)
-    for name, wrong in (("grad", torch.zeros(7)), ("shadow", torch.zeros(8, 1))):
+    for name, wrong in (("grad", torch.zeros(7)), ("exp_avg", torch.zeros(8, 1))):
         other = flat.to()
         setattr(other, name, wrong)
         with pytest.raises(ValueError, match=r"one length, found \[8\]"):
@@ -303,7 +279,6 @@ def reason(**changes: Tensor | None) -> str | None:
         flat.exp_avg,
         flat.exp_avg_sq,
         flat.grad,
-        flat.shadow,
         control=flat.control,
         workspace=flat.workspace,
     )
@@ -311,9 +286,7 @@ def reason(**changes: Tensor | None) -> str | None:
 
 def test_reasons_are_in_words() -> None:
     assert reason() is None
-    assert reason(shadow=None) is None
     assert reason(grad=torch.zeros(64, dtype=torch.float64)) == "grad is float64, not float32"
-    assert reason(shadow=torch.zeros(64)) == "shadow is float32, not bfloat16 or float16"
     assert reason(exp_avg=torch.zeros(128)[::2]) == "exp_avg is not contiguous"
     shifted = torch.zeros(65)[1:]
     assert reason(master=shifted) == "master does not begin at a multiple of 16 bytes"
@@ -327,9 +300,8 @@ def arguments(flat: Flat) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shadow", [torch.bfloat16, torch.float16, None])
-def test_the_op_is_registered_as_pytorch_wants_it(device: str, shadow: torch.dtype | None) -> None:
-    flat = make(50, shadow=shadow, device=device)
+def test_the_op_is_registered_as_pytorch_wants_it(device: str) -> None:
+    flat = make(50, device=device)
     flat.step(1, torch.randn(50, device=device))  # loads the kernels where there are some
     flat.grad.normal_()
     torch.library.opcheck(torch.ops.eri.adamw_.default, arguments(flat))
@@ -368,10 +340,9 @@ gpu = pytest.mark.gpu
 
 @gpu
 @pytest.mark.parametrize("n", ODD_SIZES)
-@pytest.mark.parametrize("shadow", [torch.bfloat16, torch.float16, None])
-def test_the_kernel_is_no_less_exact_than_eager(n: int, shadow: torch.dtype | None) -> None:
+def test_the_kernel_is_no_less_exact_than_eager(n: int) -> None:
     set_backend("cuda")
-    kernel = make(n, shadow=shadow, device="cuda")
+    kernel = make(n, device="cuda")
     exact, eager = kernel.to(torch.float64), kernel.to()
     norm = math.sqrt(n)
     for number in range(1, 21):
@@ -382,8 +353,6 @@ def test_the_kernel_is_no_less_exact_than_eager(n: int, shadow: torch.dtype | No
             other.step(number, grad, max_grad_norm=1.5 * norm, **SETTINGS)
         set_backend("cuda")
         assert not kernel.grad.any()
-        if kernel.shadow is not None:
-            assert torch.equal(kernel.shadow, kernel.master.to(kernel.shadow.dtype))
     ulp = torch.finfo(torch.float32).eps
     for name in ("master", "exp_avg", "exp_avg_sq"):
         truth = getattr(exact, name)
@@ -477,7 +446,6 @@ def test_the_kernel_names_what_it_cannot_take() -> None:
         ("grad", torch.zeros(63, device="cuda"), "grad is not one contiguous row of 64"),
         ("exp_avg", torch.zeros(64), "exp_avg is not on cuda:0"),
         ("exp_avg_sq", torch.zeros(65, device="cuda")[1:], "exp_avg_sq does not begin"),
-        ("shadow", torch.zeros(64, device="cuda"), "shadow is of type Float"),
         ("control", torch.zeros(16, device="cuda").half(), "control is of type Half"),
     ):
         other = flat.to()
@@ -494,7 +462,6 @@ def test_more_than_two_thousand_million_parameters() -> None:
     flat = make(1, device="cuda")
     for name in ("master", "exp_avg", "exp_avg_sq", "grad"):
         setattr(flat, name, torch.zeros(LARGE, device="cuda"))
-    flat.shadow = torch.full((LARGE,), math.nan, dtype=torch.bfloat16, device="cuda")
     ends = torch.tensor([0, LARGE - 1, LARGE - 6, LARGE // 2], device="cuda")
     flat.control[Control.LR] = 0.5
     flat.grad[ends] = 2.0
@@ -502,7 +469,6 @@ def test_more_than_two_thousand_million_parameters() -> None:
     assert flat[Control.GRAD_NORM] == 4
     assert torch.equal(flat.master[ends], torch.full((4,), -0.5, device="cuda"))
     assert torch.count_nonzero(flat.master) == 4
-    assert torch.count_nonzero(flat.shadow) == 4  # NaN would count
     assert not flat.grad.any()
 
 
@@ -512,7 +478,7 @@ def test_bandwidth() -> None:
     flat = make(SDXL_PARAMETERS, device="cuda")
     flat.control[Control.LR] = LR
     big = [torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in range(2)]
-    bytes_moved = SDXL_PARAMETERS * (8 * 4 + 4 + 2)  # eight passes, the norm's, the shadow
+    bytes_moved = SDXL_PARAMETERS * (8 * 4 + 4)  # eight passes, the norm's
 
     def kernel() -> None:
         flat.grad[:1].fill_(1.0)
@@ -552,7 +518,7 @@ def _milliseconds(work: Callable[[], object], repeats: int = 20, windows: int = 
 
 
 def test_the_definition_takes_no_other_memory_than_the_gradients() -> None:
-    flat = make(1 << 20, shadow=None)
+    flat = make(1 << 20)
     flat.grad.normal_()
     with torch.profiler.profile(profile_memory=True) as profile:
         adamw_reference(
@@ -560,7 +526,6 @@ def test_the_definition_takes_no_other_memory_than_the_gradients() -> None:
             flat.exp_avg,
             flat.exp_avg_sq,
             flat.grad,
-            None,
             control=flat.control,
             beta1=0.9,
             beta2=0.999,

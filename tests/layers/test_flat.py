@@ -6,7 +6,7 @@ from eri.layers.flat import ALIGNMENT, Flat
 
 SHAPES = {"a": (3, 5), "b": (8,), "c": (2, 3, 1, 1), "d": (1, 16)}
 STARTS = {"a": 0, "b": 16, "c": 24, "d": 32}  # each at a multiple of 8
-BUFFERS = ("master", "grad", "exp_avg", "exp_avg_sq", "shadow")
+BUFFERS = ("master", "grad", "exp_avg", "exp_avg_sq")
 
 
 def parameters() -> dict[str, nn.Parameter]:
@@ -22,15 +22,14 @@ def gaps(flat: Flat) -> torch.Tensor:
     return taken == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_buffer_has_one_layout(dtype: torch.dtype) -> None:
+def test_every_buffer_has_one_layout() -> None:
     given = parameters()
-    flat = Flat(given, dtype)
+    flat = Flat(given)
     assert list(flat.parameters) == list(given)
     for name in BUFFERS:
         buffer = getattr(flat, name)
         assert buffer.shape == (48,)
-        assert buffer.dtype == (dtype if name == "shadow" else torch.float32)
+        assert buffer.dtype == torch.float32
         views = flat.views(buffer)
         assert list(views) == list(given)
         for key, view in views.items():
@@ -43,20 +42,17 @@ def test_every_buffer_has_one_layout(dtype: torch.dtype) -> None:
 
 def test_parameters_keep_their_numbers_and_what_is_new_is_zero() -> None:
     given, before = parameters(), parameters()
-    flat = Flat(given, torch.bfloat16)
-    shadows = flat.views(flat.shadow)
+    flat = Flat(given)
     for name, parameter in given.items():
         assert torch.equal(parameter, before[name])
-        assert torch.equal(shadows[name], before[name].bfloat16())
     for name in ("grad", "exp_avg", "exp_avg_sq"):
         assert not getattr(flat, name).any()
     assert not flat.master[gaps(flat)].any()
-    assert not flat.shadow[gaps(flat)].any()
 
 
 def test_parameters_and_their_gradients_are_views() -> None:
     given = parameters()
-    flat = Flat(given, torch.bfloat16)
+    flat = Flat(given)
     assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in given.values())
     flat.master.mul_(2)
     for name, parameter in given.items():
@@ -70,25 +66,18 @@ def test_parameters_and_their_gradients_are_views() -> None:
     assert not any(parameter.grad.any() for parameter in given.values())
 
 
-def test_without_a_type_of_its_own_the_shadow_is_the_parameters() -> None:
-    flat = Flat(parameters(), torch.float32)
-    assert flat.shadow is flat.master
-    flat.refresh()
-
-
-def test_the_shadow_follows_when_it_is_told() -> None:
-    given = parameters()
-    flat = Flat(given, torch.float16)
-    with torch.no_grad():
-        given["c"].fill_(0.1)
-    assert not torch.equal(flat.shadow, flat.master.half())
-    flat.refresh()
-    assert torch.equal(flat.shadow, flat.master.half())
+def test_who_reads_copies_is_told() -> None:
+    told = []
+    flat = Flat(parameters(), lambda: told.append(1))
+    assert not told
+    flat.changed()
+    assert told == [1]
+    Flat(parameters()).changed()
 
 
 def test_like_shapes_of_whole_pieces_lie_side_by_side() -> None:
     given = {name: nn.Parameter(torch.randn(4, 6)) for name in "abc"}
-    flat = Flat(given, torch.float32)
+    flat = Flat(given)
     assert torch.equal(flat.master.view(3, 4, 6), torch.stack(list(given.values())))
 
 
@@ -96,9 +85,9 @@ def test_like_shapes_of_whole_pieces_lie_side_by_side() -> None:
 def test_another_type_is_refused(dtype: torch.dtype) -> None:
     wrong = {"a": nn.Parameter(torch.zeros(2)), "b": nn.Parameter(torch.zeros(2, dtype=dtype))}
     with pytest.raises(ValueError, match=f"expected float32 parameters, found .*'b': {dtype}"):
-        Flat(wrong, torch.bfloat16)
+        Flat(wrong)
 
 
 def test_no_parameter_is_refused() -> None:
     with pytest.raises(ValueError, match="found none"):
-        Flat({}, torch.float32)
+        Flat({})

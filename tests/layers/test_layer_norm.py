@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,14 @@ def test_it_is_a_layer_norm_with_the_numbers_of_each_row() -> None:
     torch.testing.assert_close(mean_rstd[:, 1], rstd.flatten())
 
 
+def gradient(dn: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    """Of x; what comes beside it is checked."""
+    dx, n = layer_norm_backward(dn, x, *rest)
+    again = layer_norm(x, rest[1])[0].reshape(-1, x.shape[-1])
+    assert torch.equal(n, again) or n.isnan().any()
+    return dx
+
+
 @pytest.mark.parametrize("residual", [True, False])
 def test_the_backward_pass_is_autograds(residual: bool) -> None:
     norm = norm_of(6)
@@ -60,7 +69,7 @@ def test_the_backward_pass_is_autograds(residual: bool) -> None:
     (expected,) = torch.autograd.grad(norm(x), x, dn)
     _, mean_rstd = layer_norm(x.detach(), norm)
     given = added if residual else None
-    found = layer_norm_backward(dn.flatten(0, 1), x.detach(), mean_rstd, norm, given)
+    found = gradient(dn.flatten(0, 1), x.detach(), mean_rstd, norm, given)
     torch.testing.assert_close(found, expected + added if residual else expected)
     assert torch.equal(added, kept)
 
@@ -78,8 +87,8 @@ def test_the_ops_are_registered_as_pytorch_wants_them(
     calls = [
         (torch.ops.eri.layer_norm.default, (x, *affine)),
         (torch.ops.eri.add_layer_norm.default, (x, residual, *affine)),
-        (torch.ops.eri.layer_norm_backward.default, (dn, x, mean_rstd, norm.weight, None)),
-        (torch.ops.eri.layer_norm_backward.default, (dn, x, mean_rstd, norm.weight, residual)),
+        (torch.ops.eri.layer_norm_backward.default, (dn, x, mean_rstd, *affine[:2], None)),
+        (torch.ops.eri.layer_norm_backward.default, (dn, x, mean_rstd, *affine[:2], residual)),
     ]
     for op, given in calls:
         torch.library.opcheck(op, (*given, 0))
@@ -104,12 +113,12 @@ def test_a_tail_is_left_behind_each_row(device: torch.device) -> None:
         n, mean_rstd = layer_norm(x, norm, 8)
         total, of_total, _ = add_layer_norm(x, with_gaps(residual.flatten(0, 1), 8), norm, 4)
         apart = with_gaps(dn.flatten(0, 1), 4), x, mean_rstd, norm, with_gaps(residual, 8)
-        dx = layer_norm_backward(*apart, 12)
+        dx = gradient(*apart, 12)
     assert total.shape == x.shape and torch.equal(total, x + residual)
     for wide, narrow in (
         (n, layer_norm(x, norm)[0]),
         (of_total, layer_norm(total, norm)[0]),
-        (dx, layer_norm_backward(dn, x, mean_rstd, norm, residual)),
+        (dx, gradient(dn, x, mean_rstd, norm, residual)),
     ):
         assert wide.shape[0] == 6 and wide.shape[1] > 16
         assert torch.equal(wide[:, :16], narrow.flatten(0, 1)) and wide[:, 16:].isnan().all()
@@ -182,7 +191,7 @@ def test_the_kernels_are_no_less_exact_than_eager(
     for added in (None, residual):
         true = None if added is None else added.double()
         truth = layer_norm_backward_reference(dn.double(), x.double(), moments, exact.weight, true)
-        found = layer_norm_backward(dn, x, mean_rstd, norm, added)
+        found = gradient(dn, x, mean_rstd, norm, added)
         eager = layer_norm_backward_reference(dn, x, of_eager, norm.weight, added)
         assert found.dtype == dtype and found.shape == truth.shape
         assert error(found, truth) <= 2 * error(eager, truth) + ulp(truth, dtype)
@@ -195,12 +204,12 @@ def test_rows_that_lie_otherwise(dtype: torch.dtype) -> None:
     norm = norm_of(64, dtype, "cuda")
     x, dn = torch.randn(2, 9, 5, 64, device="cuda").to(dtype)
     n, mean_rstd = layer_norm(x, norm)
-    dx = layer_norm_backward(dn, x, mean_rstd, norm, x)
+    dx = gradient(dn, x, mean_rstd, norm, x)
     shifted = torch.empty(x.numel() + 1, device="cuda", dtype=dtype)[1:].view(x.shape).copy_(x)
     wide = torch.empty(9, 5, 80, device="cuda", dtype=dtype)[..., 8:72].copy_(x)
     for like_x in (shifted, wide, x.transpose(0, 1).contiguous().transpose(0, 1)):
         assert torch.equal(layer_norm(like_x, norm)[0], n)
-        assert torch.equal(layer_norm_backward(dn, like_x, mean_rstd, norm, like_x), dx)
+        assert torch.equal(gradient(dn, like_x, mean_rstd, norm, like_x), dx)
 
 
 @gpu
@@ -236,7 +245,7 @@ def test_tails_and_gaps_change_no_bit(shape: tuple[int, ...], dtype: torch.dtype
     x, dn, residual = torch.randn(3, *shape, device="cuda").to(dtype)
     n, mean_rstd = layer_norm(x, norm)
     total, of_total, _ = add_layer_norm(x, residual, norm)
-    dx = layer_norm_backward(dn, x, mean_rstd, norm, residual)
+    dx = gradient(dn, x, mean_rstd, norm, residual)
     for tail, gap in ((8, 16), (24, 8), (64, 72)):
         apart = [with_gaps(rows, k * gap) for k, rows in enumerate((x, dn, residual), 1)]
         assert all(aligned_rows(rows) is rows for rows in apart)
@@ -244,7 +253,7 @@ def test_tails_and_gaps_change_no_bit(shape: tuple[int, ...], dtype: torch.dtype
         with poison():
             tailed, _ = layer_norm(x_apart, norm, tail)
             summed, of_summed, _ = add_layer_norm(x_apart, residual_apart, norm, tail)
-            d_tailed = layer_norm_backward(dn_apart, x_apart, mean_rstd, norm, residual_apart, tail)
+            d_tailed = gradient(dn_apart, x_apart, mean_rstd, norm, residual_apart, tail)
         assert torch.equal(summed, total)
         for wide, narrow in ((tailed, n), (of_summed, of_total), (d_tailed, dx)):
             assert wide.shape == (x.numel() // shape[-1], shape[-1] + tail)
@@ -271,8 +280,8 @@ def test_the_kernels_give_the_same_bits_twice_and_in_a_graph() -> None:
     def both() -> list[Tensor]:
         n, mean_rstd = layer_norm(x, norm)
         total, of_total, _ = add_layer_norm(x, dn, norm, 16)
-        dx = layer_norm_backward(dn, x, mean_rstd, norm, x)
-        return [n, mean_rstd, total, of_total[:, :-16], dx]
+        back = layer_norm_backward(dn, x, mean_rstd, norm, x)
+        return [n, mean_rstd, total, of_total[:, :-16], *back]
 
     first = both()
     stream = torch.cuda.Stream()
@@ -337,7 +346,8 @@ def test_the_kernel_names_what_it_cannot_take_back(
     loaded()
     x = torch.zeros(4, 16, device="cuda", dtype=torch.bfloat16)
     moments = torch.zeros(4, 2, device="cuda")
-    given = {"dn": x, "x": x, "moments": moments, "weight": x[0], "residual": x, "tail": 0}
+    given = {"dn": x, "x": x, "moments": moments, "weight": x[0]}
+    given |= {"bias": x[0], "residual": x, "tail": 0}
     for name, change in changed.items():
         given[name] = change(x)
     with pytest.raises(RuntimeError, match=f"layer_norm: {message}"):
@@ -370,7 +380,7 @@ def test_bandwidth() -> None:
             (
                 *(
                     "backward, and a residual",
-                    8,
+                    10,
                     lambda i, n=norm, s=sets, k=kept: layer_norm_backward(
                         s[i][1], s[i][0], k[i], n, s[i][2]
                     ),

@@ -72,7 +72,7 @@ def plain(model):
         unet, adapter = adapted(model, dtype)
         y, grads, _ = run(unet, adapter)
         if dtype == torch.float32:
-            adapter.flatten(dtype)
+            adapter.flatten()
         return unet, adapter, y, grads
 
     return computed

@@ -16,7 +16,7 @@ from tests.losses import LossOf, Rows
 
 def build(unet: UNet) -> tuple[TrainState, Adapter]:
     adapter = attach(unet, rank=2)
-    return TrainState(adapter.flatten(torch.float32)), adapter
+    return TrainState(adapter.flatten()), adapter
 
 
 def advance(state: TrainState) -> None:

@@ -53,7 +53,7 @@ def worked_out(spec: UNetSpec, **changes: object) -> Footprint:
 def really_taken(lean: bool, recompute: Recompute) -> int:
     """Bytes that PyTorch's allocator gave in a real step on the CPU, at the most."""
     unet = UNet(SMALL)
-    attach(unet, rank=2).flatten(torch.float32)
+    attach(unet, rank=2).flatten()
     arrange(unet.train(), lean=lean, recompute=recompute)
     inputs = torch.randn(2, 4, 32, 48), torch.ones(2), torch.randn(2, 77, 32)
     unet(*inputs).square().mean().backward()
@@ -113,8 +113,19 @@ def test_weights_and_adapter_are_exact() -> None:
     assert found.resident == found.weights + found.adapter
     half = worked_out(SMALL, dtype=torch.bfloat16)
     assert half.weights == 2 * weights
-    assert half.adapter == pytest.approx(18 * matrices, rel=0.001)  # and a shadow
+    assert half.adapter == pytest.approx(16 * matrices, rel=0.001)
     assert half.activations < 0.6 * found.activations
+
+
+def test_copies_of_the_matrices_are_the_adapters() -> None:
+    plain, lean = (
+        worked_out(SMALL, rank=8, dtype=torch.bfloat16, lean=lean) for lean in (False, True)
+    )
+    assert lean.weights == plain.weights
+    per_matrix = 16 * lean.adapter / plain.adapter
+    assert 18 < per_matrix < 20.5  # bytes: A is copied once, B twice, and few lie between
+    narrow = worked_out(SMALL, rank=2, dtype=torch.bfloat16, lean=True)  # copies are as wide
+    assert lean.adapter - plain.adapter == narrow.adapter - worked_out(SMALL, rank=2).adapter
 
 
 def test_what_makes_a_step_larger_is_seen() -> None:
@@ -175,7 +186,7 @@ def test_a_real_gpu_takes_what_was_worked_out(lean: bool, recompute: Recompute) 
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.fill_(0.01)
-    flat = attach(unet, rank=16).flatten(torch.bfloat16)
+    flat = attach(unet, rank=16).flatten()
     arrange(unet.train(), lean=lean, recompute=recompute)
     torch.cuda.reset_peak_memory_stats()  # the layout was copied
     x = torch.randn(2, 4, 64, 64, device="cuda", dtype=torch.bfloat16)

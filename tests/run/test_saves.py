@@ -19,7 +19,7 @@ METADATA = {"ss_steps": "4", "modelspec.implementation_version": "eri/test"}
 @pytest.fixture
 def trained(shallow: Path) -> tuple[TrainState, Adapter]:
     adapter = attach(load_unet(shallow), rank=2)
-    state = TrainState(adapter.flatten(torch.float32))
+    state = TrainState(adapter.flatten())
     state.step = 4
     return state, adapter
 

@@ -52,7 +52,7 @@ def other_rank(tmp_path: Path) -> Path:
         for name, layer in adapter.layers.items()
     }
     adapter = Adapter(torch.nn.Module(), wider)
-    return save_as(tmp_path / "wider", TrainState(adapter.flatten(torch.float32)), adapter)
+    return save_as(tmp_path / "wider", TrainState(adapter.flatten()), adapter)
 
 
 def other_targets(tmp_path: Path) -> Path:
@@ -60,7 +60,7 @@ def other_targets(tmp_path: Path) -> Path:
     _, adapter = small_state()
     moved = {name.replace("to_q", "to_k"): layer for name, layer in adapter.layers.items()}
     adapter = Adapter(torch.nn.Module(), moved)
-    return save_as(tmp_path / "moved", TrainState(adapter.flatten(torch.float32)), adapter)
+    return save_as(tmp_path / "moved", TrainState(adapter.flatten()), adapter)
 
 
 def take(name: str, make: Callable[[Path], Path]) -> Callable[[Path], None]:

@@ -59,7 +59,7 @@ def small_state() -> tuple[TrainState, Adapter]:
     names = [name for name in layers() if name.endswith("attn1.to_q")][:MODULES]
     adapted = {name: LoRALinear(*reversed(layers()[name]), RANK) for name in names}
     adapter = Adapter(nn.Module(), adapted)
-    return TrainState(adapter.flatten(torch.float32)), adapter
+    return TrainState(adapter.flatten()), adapter
 
 
 def save_forever(run: str) -> None:

@@ -32,7 +32,7 @@ def clipped(state: TrainState) -> Tensor:
 
 def everything(flat: Flat) -> Tensor:
     """All that an update changes."""
-    return torch.cat([flat.master, flat.exp_avg, flat.exp_avg_sq, flat.shadow])
+    return torch.cat([flat.master, flat.exp_avg, flat.exp_avg_sq])
 
 
 def test_micro_batches_of_any_size_add_up_to_the_whole_batch() -> None:

@@ -2,8 +2,6 @@
 
 #include "adamw.h"
 
-#include <optional>
-
 #include "op.h"
 
 namespace eri {
@@ -19,18 +17,10 @@ void check(const char* name, const Tensor& found, ScalarType type, int64_t count
   op.check_aligned(name, found);
 }
 
-Shadow shadow_type(const std::optional<Tensor>& shadow) {
-  if (!shadow.has_value()) return Shadow::kNone;
-  const ScalarType type = shadow->scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "adamw_: shadow is of type ", type, ", expected bfloat16 or float16");
-  return type == ScalarType::Half ? Shadow::kFloat16 : Shadow::kBFloat16;
-}
-
 void adamw_(const Tensor& master, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-            const Tensor& grad, const std::optional<Tensor>& shadow, const Tensor& control,
-            const Tensor& workspace, double beta1, double beta2, double eps, double weight_decay,
-            double max_grad_norm, int64_t growth_interval) {
+            const Tensor& grad, const Tensor& control, const Tensor& workspace, double beta1,
+            double beta2, double eps, double weight_decay, double max_grad_norm,
+            int64_t growth_interval) {
   const int64_t n = master.numel();
   const int32_t device = master.get_device_index();
   check("master", master, ScalarType::Float, n, device);
@@ -39,15 +29,12 @@ void adamw_(const Tensor& master, const Tensor& exp_avg, const Tensor& exp_avg_s
   check("grad", grad, ScalarType::Float, n, device);
   check("control", control, ScalarType::Float, kControlSize, device);
   check("workspace", workspace, ScalarType::Byte, kAdamwWorkspaceBytes, device);
-  if (shadow.has_value()) check("shadow", *shadow, shadow->scalar_type(), n, device);
 
   AdamwArguments arguments = {};
   arguments.master = static_cast<float*>(master.mutable_data_ptr());
   arguments.exp_avg = static_cast<float*>(exp_avg.mutable_data_ptr());
   arguments.exp_avg_sq = static_cast<float*>(exp_avg_sq.mutable_data_ptr());
   arguments.grad = static_cast<float*>(grad.mutable_data_ptr());
-  arguments.shadow = shadow.has_value() ? shadow->mutable_data_ptr() : nullptr;
-  arguments.shadow_type = shadow_type(shadow);
   arguments.control = static_cast<float*>(control.mutable_data_ptr());
   arguments.workspace = workspace.mutable_data_ptr();
   arguments.n = n;

@@ -138,36 +138,12 @@ __device__ void update_one(float& p, float& m, float& v, float g, const Decision
   p -= fmaf(with.decay, p, with.rate * direction);  // one rounding at the size of p
 }
 
-struct NoShadow {};
-__device__ void store_shadow(NoShadow*, int64_t, float4) {}
-__device__ void store_shadow(NoShadow*, int64_t, float) {}
-
-__device__ void store_shadow(__nv_bfloat16* shadow, int64_t i, float value) {
-  shadow[i] = __float2bfloat16_rn(value);
-}
-__device__ void store_shadow(__half* shadow, int64_t i, float value) {
-  shadow[i] = __float2half_rn(value);
-}
-
-__device__ void store_shadow(__nv_bfloat16* shadow, int64_t i, float4 value) {
-  const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(value.x, value.y),
-                                   __floats2bfloat162_rn(value.z, value.w)};
-  reinterpret_cast<uint2*>(shadow)[i] = *reinterpret_cast<const uint2*>(pairs);
-}
-__device__ void store_shadow(__half* shadow, int64_t i, float4 value) {
-  const __half2 pairs[2] = {__floats2half2_rn(value.x, value.y),
-                            __floats2half2_rn(value.z, value.w)};
-  reinterpret_cast<uint2*>(shadow)[i] = *reinterpret_cast<const uint2*>(pairs);
-}
-
 // The update, from the end of the buffers to their start: the norm has just read the gradient's
 // end, which the L2 cache still holds.
-template <typename ShadowType>
 __global__ void __launch_bounds__(kThreads)
     update_kernel(float* __restrict__ master, float* __restrict__ exp_avg,
                   float* __restrict__ exp_avg_sq, float* __restrict__ grad,
-                  ShadowType* __restrict__ shadow, const Workspace* __restrict__ workspace,
-                  int64_t n) {
+                  const Workspace* __restrict__ workspace, int64_t n) {
   const Decision with = workspace->decision;
   const int64_t block = gridDim.x - 1 - static_cast<int64_t>(blockIdx.x);
   const int64_t first = block * (kThreads * kVectors) + threadIdx.x;
@@ -199,7 +175,6 @@ __global__ void __launch_bounds__(kThreads)
       __stcs(&masters[i], p[k]);
       __stcs(&means[i], m[k]);
       __stcs(&squares[i], v[k]);
-      store_shadow(shadow, i, p[k]);
     }
   }
 #pragma unroll
@@ -216,19 +191,16 @@ __global__ void __launch_bounds__(kThreads)
       master[i] = p;
       exp_avg[i] = m;
       exp_avg_sq[i] = v;
-      store_shadow(shadow, i, p);
     }
     grad[i] = 0.0f;
   }
 }
 
-template <typename ShadowType>
 void launch_update(const AdamwArguments& a, cudaStream_t stream) {
   const int64_t per_block = int64_t{4} * kVectors * kThreads;
   const int64_t blocks = (a.n + per_block - 1) / per_block;
   update_kernel<<<static_cast<unsigned int>(blocks), kThreads, 0, stream>>>(
-      a.master, a.exp_avg, a.exp_avg_sq, a.grad, static_cast<ShadowType*>(a.shadow),
-      static_cast<const Workspace*>(a.workspace), a.n);
+      a.master, a.exp_avg, a.exp_avg_sq, a.grad, static_cast<const Workspace*>(a.workspace), a.n);
 }
 
 }  // namespace
@@ -243,13 +215,7 @@ const char* launch_adamw(const AdamwArguments& a, void* stream_handle) {
       a.grad, a.n, a.control, static_cast<Workspace*>(a.workspace), settings);
   const char* error = launch_error();
   if (error == nullptr && a.n > 0) {
-    if (a.shadow_type == Shadow::kBFloat16) {
-      launch_update<__nv_bfloat16>(a, stream);
-    } else if (a.shadow_type == Shadow::kFloat16) {
-      launch_update<__half>(a, stream);
-    } else {
-      launch_update<NoShadow>(a, stream);
-    }
+    launch_update(a, stream);
     error = launch_error();
   }
   return error;

@@ -1,4 +1,4 @@
-// Clip, AdamW, 16-bit shadow and zeroed gradient over flat parameters; see eri/layers/adamw.py.
+// Clip, AdamW and zeroed gradient over flat parameters; see eri/layers/adamw.py.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,6 @@ enum Control : int {
   kControlSize = 16,
 };
 
-enum class Shadow : int { kNone, kBFloat16, kFloat16 };
-
 constexpr int64_t kAdamwWorkspaceBytes = 16384;
 
 struct AdamwArguments {
@@ -28,8 +26,6 @@ struct AdamwArguments {
   float* exp_avg;        // [n]
   float* exp_avg_sq;     // [n]
   float* grad;           // [n]
-  void* shadow;          // [n] or null
-  Shadow shadow_type;    //
   float* control;        // [kControlSize]
   void* workspace;       // kAdamwWorkspaceBytes, zero before its first use
   int64_t n;             // elements

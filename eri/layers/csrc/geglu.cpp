@@ -3,6 +3,8 @@
 
 #include "geglu.h"
 
+#include <tuple>
+
 #include "op.h"
 
 namespace eri {
@@ -45,15 +47,17 @@ Tensor geglu(const Tensor& u, int64_t tail) {
   return a;
 }
 
-Tensor geglu_backward(const Tensor& da, const Tensor& u, int64_t tail) {
+std::tuple<Tensor, Tensor> geglu_backward(const Tensor& da, const Tensor& u, int64_t tail) {
   GegluArguments arguments = arguments_of(u, tail);
   op.check_kind("da", da, u.get_device_index(), u.scalar_type());
   arguments.da_stride = op.check_rows("da", da, arguments.rows, arguments.width);
   arguments.da = da.const_data_ptr();
   const DeviceGuard guard(u.get_device_index());
   Tensor du = result_of(arguments, u, 2 * arguments.width, tail);
+  Tensor a = torch::stable::new_empty(u, {arguments.rows, arguments.width});
+  arguments.again = a.mutable_data_ptr();
   op.check_launch(launch_geglu_backward(arguments, current_stream(u.get_device_index())));
-  return du;
+  return {du, a};
 }
 
 }  // namespace

@@ -85,8 +85,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 template <typename Scalar>
 __global__ void __launch_bounds__(kThreads, 4)
-    backward_kernel(Rows<const uint4> da, Rows<const uint4> u, Rows<uint4> du, uint32_t rows,
-                    uint32_t columns) {
+    backward_kernel(Rows<const uint4> da, Rows<const uint4> u, Rows<uint4> du, Rows<uint4> a,
+                    uint32_t rows, uint32_t columns) {
   const auto [column, first] = place(columns);
   Vector<Scalar> gradients[kRows], values[kRows], gates[kRows];
 #pragma unroll
@@ -101,25 +101,28 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
   for (int k = 0; k < kRows; ++k) {
     if (first + k >= rows) return;
-    Vector<Scalar> to_value, to_gate;
+    Vector<Scalar> to_value, to_gate, again;
 #pragma unroll
     for (int quad = 0; quad < Vector<Scalar>::kQuads; ++quad) {
-      float d[4], v[4], g[4];
+      float d[4], v[4], g[4], r[4];
       unpack(gradients[k], quad, d);
       unpack(values[k], quad, v);
       unpack(gates[k], quad, g);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const Normal at = normal<Scalar>(g[i]);
+        r[i] = v[i] * (g[i] * at.cdf);
         v[i] *= d[i] * fmaf(g[i], at.density, at.cdf);
         d[i] *= g[i] * at.cdf;
       }
+      pack(again, quad, r);
       pack(to_value, quad, d);
       pack(to_gate, quad, v);
     }
     uint4* to = du[first] + k * du.stride + column;
     store(to, to_value);
     store(to + columns, to_gate);
+    store(a[first] + k * a.stride + column, again);
   }
 }
 
@@ -135,7 +138,8 @@ void launch(const GegluArguments& a, cudaStream_t stream) {
   if (a.da == nullptr) {
     forward_kernel<Scalar><<<blocks, kThreads, 0, stream>>>(u, result, rows, columns);
   } else {
-    backward_kernel<Scalar><<<blocks, kThreads, 0, stream>>>(da, u, result, rows, columns);
+    const auto again = rows_of<Scalar>(a.again, a.width);
+    backward_kernel<Scalar><<<blocks, kThreads, 0, stream>>>(da, u, result, again, rows, columns);
   }
 }
 

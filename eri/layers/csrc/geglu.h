@@ -16,6 +16,7 @@ struct GegluArguments {
   const void* u;          // [rows, 2 * width]: values, gates
   const void* da;         // [rows, width]; null in the forward pass
   void* result;           // a [rows, width], or du [rows, 2 * width]
+  void* again;            // a [rows, width], contiguous; of the backward pass
   FloatType type;         // of all of them
   int64_t rows;           //
   int64_t width;          // a multiple of the numbers in 16 bytes

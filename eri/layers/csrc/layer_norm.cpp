@@ -87,10 +87,13 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor&
   return {sum, n, mean_rstd};
 }
 
-Tensor layer_norm_backward(const Tensor& dn, const Tensor& x, const Tensor& mean_rstd,
-                           const Tensor& weight, const std::optional<Tensor>& residual,
-                           int64_t tail) {
+std::tuple<Tensor, Tensor> layer_norm_backward(const Tensor& dn, const Tensor& x,
+                                               const Tensor& mean_rstd, const Tensor& weight,
+                                               const Tensor& bias,
+                                               const std::optional<Tensor>& residual,
+                                               int64_t tail) {
   LayerNormArguments arguments = arguments_of(x, weight, tail);
+  arguments.bias = check_row("bias", bias, x);
   arguments.dn_stride = check_like_x("dn", dn, x, arguments);
   arguments.dn = dn.const_data_ptr();
   op.check_kind("mean_rstd", mean_rstd, x.get_device_index(), ScalarType::Float);
@@ -101,10 +104,12 @@ Tensor layer_norm_backward(const Tensor& dn, const Tensor& x, const Tensor& mean
   }
   const DeviceGuard guard(x.get_device_index());
   Tensor dx = result_of(arguments, x, tail);
+  Tensor n = torch::stable::new_empty(x, {arguments.rows, arguments.width});
+  arguments.again = n.mutable_data_ptr();
   // the forward kernels alone write there
   arguments.mean_rstd = const_cast<float*>(static_cast<const float*>(mean_rstd.const_data_ptr()));
   op.check_launch(launch_layer_norm_backward(arguments, current_stream(x.get_device_index())));
-  return dx;
+  return {dx, n};
 }
 
 }  // namespace

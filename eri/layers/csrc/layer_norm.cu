@@ -123,8 +123,9 @@ __global__ void __launch_bounds__(32 * kWarps)
 template <typename Scalar, int kHeld, bool kResidual>
 __global__ void __launch_bounds__(32 * kWarps)
     backward_kernel(Rows<const uint4> dn, Rows<const uint4> x, Rows<const uint4> residual,
-                    const uint4* __restrict__ weight, const float2* __restrict__ mean_rstd,
-                    Rows<uint4> dx, Shape shape) {
+                    const uint4* __restrict__ weight, const uint4* __restrict__ bias,
+                    const float2* __restrict__ mean_rstd, Rows<uint4> dx, Rows<uint4> n,
+                    Shape shape) {
   const uint32_t row = row_of_warp();
   const int columns = shape.columns;
   if (row >= shape.rows) return;
@@ -154,22 +155,28 @@ __global__ void __launch_bounds__(32 * kWarps)
     const int column = static_cast<int>(threadIdx.x) % 32 + 32 * k;
     if (column >= columns) return;
     const Vector<Scalar> slopes = load<Scalar>(weight + column);
+    const Vector<Scalar> offsets = load<Scalar>(bias + column);
+    Vector<Scalar> again;
 #pragma unroll
     for (int quad = 0; quad < Vector<Scalar>::kQuads; ++quad) {
-      float g[4], v[4], w[4], r[4];
+      float g[4], v[4], w[4], b[4], r[4], m[4];
       unpack(gradients[k], quad, g);
       unpack(held[k], quad, v);
       unpack(slopes, quad, w);
+      unpack(offsets, quad, b);
       if (kResidual) unpack(added[k], quad, r);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float z = (v[i] - mean) * rstd;
+        m[i] = fmaf(z, w[i], b[i]);
         v[i] = rstd * (fmaf(g[i], w[i], -of_g) - z * of_gz);
         if (kResidual) v[i] += r[i];
       }
       pack(held[k], quad, v);
+      pack(again, quad, m);
     }
     store(dx[row] + column, held[k]);
+    store(n[row] + column, again);
   }
 }
 
@@ -181,6 +188,7 @@ void launch_held(const LayerNormArguments& a, const Shape& shape, cudaStream_t s
   const auto dn = rows_of<Scalar>(a.dn, a.dn_stride);
   const auto residual = rows_of<Scalar>(a.residual, a.residual_stride);
   const auto sum = rows_of<Scalar>(a.sum, a.width);
+  const auto again = rows_of<Scalar>(a.again, a.width);
   const auto result = rows_of<Scalar>(a.result, a.result_stride);
   const uint4* weight = static_cast<const uint4*>(a.weight);
   const uint4* bias = static_cast<const uint4*>(a.bias);
@@ -190,7 +198,8 @@ void launch_held(const LayerNormArguments& a, const Shape& shape, cudaStream_t s
                                                static_cast<float>(a.eps));
   };
   const auto backward = [&](auto kernel) {
-    kernel<<<blocks, 32 * kWarps, 0, stream>>>(dn, x, residual, weight, moments, result, shape);
+    kernel<<<blocks, 32 * kWarps, 0, stream>>>(dn, x, residual, weight, bias, moments, result, again,
+                                               shape);
   };
   if (a.dn == nullptr) {
     a.added == nullptr ? forward(forward_kernel<Scalar, kHeld, false>)

@@ -18,9 +18,10 @@ struct LayerNormArguments {
   const void* dn;           // the same; null in the forward passes
   const void* residual;     // the same, added to dx; may be null
   const void* weight;       // [width]
-  const void* bias;         // [width]; null in the backward pass
+  const void* bias;         // the same
   void* sum;                // x + added [rows, width], contiguous; null without `added`
   void* result;             // n or dx [rows, width]
+  void* again;              // n [rows, width], contiguous; of the backward pass
   float* mean_rstd;         // [rows, 2]; written by the forward passes
   FloatType type;           // of all but mean_rstd
   int64_t rows;             //

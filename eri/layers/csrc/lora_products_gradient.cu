@@ -1,0 +1,371 @@
+// Both products are sums over the tokens: small^T wide, with x or dy as `wide` and p or h as
+// `small`. A warp takes 64 columns of `wide`, 16 tokens at a time, through a ring of shared memory
+// of its own. The warps of a block share its tokens and so do the blocks of a cluster (from sm_90
+// on). All warps' sums of one number are added in a fixed order, by one thread.
+
+#include <cooperative_groups.h>
+
+#include "launch.h"
+#include "lora_products.h"
+#include "lora_tiles.h"
+
+namespace eri {
+namespace {
+
+constexpr int kSlab = 64;                   // columns of a warp
+constexpr int kSteps = 16;                  // tokens of a stage of the ring
+constexpr int kWideBytes = kSteps * 2 * kSlab;  // of a stage
+constexpr int kRow = kSlab + 4;             // sums of a rank in shared memory, fewer bank conflicts
+
+struct Product {  // small^T wide, for each group of columns of `wide`
+  const uint4* wide;
+  const uint4* small;
+  float* total;          // to which it is added
+  int64_t wide_stride;   // vectors of a row
+  int64_t small_stride;  //
+  int width;             // of a group
+  int groups;            //
+  int ranks;             // of a group
+  int slabs;             // blocks side by side on a group's columns
+  int parts;             // blocks that share its ranks
+  int blocks;            // all of them, of each split of the tokens
+};
+
+struct Gradient {
+  Product down, up;
+  int tokens;
+  int rank, ranks;  // of a layer, the second padded
+  int splits;       // of the tokens: blocks of a cluster
+};
+
+// The shared memory of block `split` of the cluster at the place of `mine`.
+__device__ __forceinline__ const float* shared_of(const float* mine, int split, int splits) {
+#if __CUDA_ARCH__ >= 900
+  if (splits > 1) return cooperative_groups::this_cluster().map_shared_rank(mine, split);
+#endif
+  return mine;
+}
+
+__device__ __forceinline__ void wait_for_all(int splits) {
+#if __CUDA_ARCH__ >= 900
+  if (splits > 1) {
+    cooperative_groups::this_cluster().sync();
+    return;
+  }
+#endif
+  __syncthreads();
+}
+
+// Where the sum of a rank and a column of a group is added; null where it is only padding.
+__device__ __forceinline__ float* place_of(const Gradient& a, bool is_down, int group, int rank,
+                                           int column) {
+  const Product& product = is_down ? a.down : a.up;
+  if (column >= product.width || rank >= product.ranks) return nullptr;
+  int layer = group, own = rank;
+  if (a.rank != a.ranks) {  // ranks end in padding, those of each layer
+    layer = is_down ? rank / a.ranks : group;
+    own = is_down ? rank % a.ranks : rank;
+    if (own >= a.rank) return nullptr;
+    if (is_down) own += layer * a.rank;
+  }
+  return product.total + (is_down ? static_cast<int64_t>(own) * product.width + column
+                                  : (static_cast<int64_t>(group) * product.width + column) * a.rank +
+                                        own);
+}
+
+// What a block takes of one of the products.
+struct Share {
+  const Product& product;
+  bool is_down;
+  int group, slab, first_rank;
+};
+
+__device__ __forceinline__ Share share_of(const Gradient& a, int block, int ranks) {
+  const bool is_down = block < a.down.blocks;
+  const Product& product = is_down ? a.down : a.up;
+  if (!is_down) block -= a.down.blocks;
+  // blocks that read the same columns are neighbours
+  return {product, is_down, block / product.parts / product.slabs,
+          block / product.parts % product.slabs, block % product.parts * ranks};
+}
+
+template <int kRanks, int kStages>
+struct Ring {  // of a warp
+  static constexpr int kPitch = 32 * kRanks + 16;  // bytes of a row of `small`, against conflicts
+  static constexpr int kStage = kWideBytes + kSteps * kPitch;
+  static constexpr int kSums = kRanks * 16 * kRow * 4;
+  static constexpr int kBytes = kStages * kStage > kSums ? kStages * kStage : kSums;
+};
+
+// kRanks tiles of 16 ranks.
+template <typename Scalar, int kRanks, int kWarps, int kStages>
+__global__ void __launch_bounds__(32 * kWarps) gradient_kernel(const __grid_constant__ Gradient a) {
+  using Memory = Ring<kRanks, kStages>;
+  extern __shared__ uint4 memory[];
+
+  const int split = static_cast<int>(blockIdx.x) % a.splits;
+  const auto [product, is_down, group, slab, first_rank] =
+      share_of(a, static_cast<int>(blockIdx.x) / a.splits, 16 * kRanks);
+  const int tiles = min((product.ranks - first_rank + 15) / 16, kRanks);
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const uint32_t ring = shared_address(memory) + warp * Memory::kBytes;
+
+  // columns and ranks that are not there repeat the last ones and are added nowhere
+  const int column = min(slab * 8 + lane % 8, product.width / 8 - 1);
+  const int stride = a.splits * kWarps * kSteps;  // tokens
+  int next = (split * kWarps + warp) * kSteps;    // token to fetch
+  int left = next < a.tokens ? (a.tokens - next + stride - 1) / stride : 0;
+  const uint4* wide = product.wide + static_cast<int64_t>(group) * (product.width / 8) + column +
+                      (next + lane / 8) * product.wide_stride;
+  const uint4* small = product.small + group * (product.ranks / 8) +
+                       (next + lane / 2) * product.small_stride;
+  const auto fetch = [&](int stage) {
+    if (next < a.tokens) {
+      const uint32_t to = ring + stage * Memory::kStage;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = 4 * i + lane / 8;
+        copy(to + row * 128 + ((lane % 8) ^ (row % 8)) * 16, wide + 4 * i * product.wide_stride,
+             next + row < a.tokens);
+      }
+#pragma unroll
+      for (int m = 0; m < kRanks; ++m) {
+        if (m < tiles) {
+          const int place = min(first_rank / 8 + 2 * m + lane % 2, product.ranks / 8 - 1);
+          copy(to + kWideBytes + lane / 2 * Memory::kPitch + (2 * m + lane % 2) * 16,
+               small + place, next + lane / 2 < a.tokens);
+        }
+      }
+    }
+    end_of_stage();
+    next += stride;
+    wide += stride * product.wide_stride;
+    small += stride * product.small_stride;
+  };
+
+  float sums[kRanks][8][4] = {};
+  const auto add = [&](int stage) {
+    const uint32_t from = ring + stage * Memory::kStage;
+    // matrices: ranks 0 to 7 and 8 to 15 of tokens 0 to 7, then of tokens 8 to 15
+    const uint32_t at = from + kWideBytes + (lane % 8 + lane / 16 * 8) * Memory::kPitch +
+                        lane / 8 % 2 * 16;
+    uint32_t ranks[kRanks][4];
+#pragma unroll
+    for (int m = 0; m < kRanks; ++m) {
+      if (m < tiles) load_transposed(ranks[m], at + 32 * m);
+    }
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      // tokens 0 to 7 and 8 to 15 of columns 16n to 16n + 7, then of the next eight
+      uint32_t columns[4];
+      const int row = lane % 16;
+      load_transposed(columns, from + row * 128 + ((2 * n + lane / 16) ^ (row % 8)) * 16);
+#pragma unroll
+      for (int m = 0; m < kRanks; ++m) {
+        if (m < tiles) {
+          multiply<Scalar>(sums[m][2 * n], ranks[m], columns[0], columns[1]);
+          multiply<Scalar>(sums[m][2 * n + 1], ranks[m], columns[2], columns[3]);
+        }
+      }
+    }
+  };
+
+#pragma unroll 1
+  for (int stage = 0; stage < kStages - 1; ++stage) fetch(stage);
+#pragma unroll 1
+  for (int stage = 0; left > 0; --left) {
+    wait_for_stage<kStages - 2>();
+    __syncwarp();
+    fetch(stage == 0 ? kStages - 1 : stage - 1);
+    add(stage);
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+  }
+  wait_for_stage<0>();
+  __syncwarp();
+
+  float* shared = reinterpret_cast<float*>(memory);
+  float* mine = shared + warp * (Memory::kBytes / 4) + lane / 4 * kRow + lane % 4 * 2;
+#pragma unroll
+  for (int m = 0; m < kRanks; ++m) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      float2* to = reinterpret_cast<float2*>(mine + 16 * m * kRow + 8 * n);
+      to[0] = make_float2(sums[m][n][0], sums[m][n][1]);
+      to[4 * kRow] = make_float2(sums[m][n][2], sums[m][n][3]);
+    }
+  }
+  __syncthreads();
+  for (int place = static_cast<int>(threadIdx.x); place < tiles * 16 * (kSlab / 4);
+       place += 32 * kWarps) {
+    float4* to = reinterpret_cast<float4*>(shared + place / (kSlab / 4) * kRow) +
+                 place % (kSlab / 4);
+    float4 sum = *to;
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) {
+      const float4 other = to[w * (Memory::kBytes / 16)];
+      sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
+    }
+    *to = sum;
+  }
+  wait_for_all(a.splits);
+#pragma unroll 4
+  for (int place = split * 32 * kWarps + static_cast<int>(threadIdx.x); place < tiles * 16 * kSlab;
+       place += a.splits * 32 * kWarps) {
+    // side by side as they lie in the result
+    const int rank = is_down ? place / kSlab : place / (16 * kSlab) * 16 + place % 16;
+    const int at = is_down ? place % kSlab : place / 16 % kSlab;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int i = 0; i < a.splits; ++i) sum += shared_of(shared, i, a.splits)[rank * kRow + at];
+    float* to = place_of(a, is_down, group, first_rank + rank, slab * kSlab + at);
+    // nothing else is added there, so no order can change it; no thread waits for what was there
+    if (to != nullptr) atomicAdd(to, sum);
+  }
+  wait_for_all(a.splits);  // nobody's shared memory goes before all have read it
+}
+
+// float32, on no tensor cores: a thread a column, and eight ranks; the warps share the tokens.
+constexpr int kFloatWarps = 8, kFloatRanks = 8, kFloatSlab = 32;
+
+__global__ void __launch_bounds__(32 * kFloatWarps)
+    float_gradient_kernel(const __grid_constant__ Gradient a) {
+  __shared__ float partial[kFloatWarps][kFloatRanks][kFloatSlab];
+  const auto [product, is_down, group, slab, first_rank] =
+      share_of(a, static_cast<int>(blockIdx.x), kFloatRanks);
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int column = slab * kFloatSlab + lane;
+  const float* wide = reinterpret_cast<const float*>(product.wide) +
+                      static_cast<int64_t>(group) * product.width +
+                      min(column, product.width - 1);
+  const float4* small = reinterpret_cast<const float4*>(product.small) +
+                        (group * product.ranks + first_rank) / 4;
+  float sums[kFloatRanks] = {};
+  for (int token = warp; token < a.tokens;) {
+    float few[kFloatRanks] = {};  // long sums are added up in parts, which is more exact
+    const int end = min(token + 64 * kFloatWarps, a.tokens);
+#pragma unroll 2
+    for (; token < end; token += kFloatWarps) {
+      const float value = __ldg(wide + token * 4 * product.wide_stride);
+      const float4 first = __ldg(small + token * product.small_stride);
+      const float4 second = __ldg(small + token * product.small_stride + 1);
+      const float ranks[] = {first.x,  first.y,  first.z,  first.w,
+                             second.x, second.y, second.z, second.w};
+#pragma unroll
+      for (int i = 0; i < kFloatRanks; ++i) few[i] = fmaf(ranks[i], value, few[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kFloatRanks; ++i) sums[i] += few[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kFloatRanks; ++i) partial[warp][i][lane] = sums[i];
+  __syncthreads();
+  static_assert(kFloatWarps == kFloatRanks, "a warp adds up the sums of a rank");
+  float sum = 0.0f;
+  for (int i = 0; i < kFloatWarps; ++i) sum += partial[i][warp][lane];
+  float* to = place_of(a, is_down, group, first_rank + warp, column);
+  if (to != nullptr) atomicAdd(to, sum);  // alone, as above
+}
+
+// Blocks that take `ranks` ranks of `slab` columns each; how many there are.
+int share_out(Gradient& a, int slab, int ranks) {
+  for (Product* product : {&a.down, &a.up}) {
+    product->slabs = (product->width + slab - 1) / slab;
+    product->parts = (product->ranks + ranks - 1) / ranks;
+    product->blocks = product->slabs * product->parts * product->groups;
+  }
+  return a.down.blocks + a.up.blocks;
+}
+
+template <typename Scalar, int kRanks, int kWarps, int kStages>
+cudaError_t launch_tiles(Gradient a, int splits, cudaStream_t stream) {
+  const int blocks = share_out(a, kSlab, 16 * kRanks);
+  a.splits = splits;
+  const auto kernel = gradient_kernel<Scalar, kRanks, kWarps, kStages>;
+  constexpr int kBytes = kWarps * Ring<kRanks, kStages>::kBytes;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned int>(splits);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned int>(blocks * splits));
+  config.blockDim = dim3(32 * kWarps);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = splits > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, a);
+}
+
+// Where clusters can be had, as many blocks as there are processors, but no warp of one stage.
+template <typename Scalar, int kRanks, int kWarps, int kStages>
+cudaError_t launch_ranks(const Gradient& a, cudaStream_t stream) {
+  int device = 0, processors = 0, capability = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device);
+  Gradient shared = a;
+  const int blocks = share_out(shared, kSlab, 16 * kRanks);
+  const int steps = (a.tokens + kSteps * kWarps - 1) / (kSteps * kWarps);
+  int splits = 1;
+  while (capability >= 9 && splits < 8 && 4 * splits <= steps &&
+         2 * splits * blocks <= processors) {
+    splits *= 2;
+  }
+  return launch_tiles<Scalar, kRanks, kWarps, kStages>(a, splits, stream);
+}
+
+template <typename Scalar>
+cudaError_t launch(const Gradient& a, cudaStream_t stream) {
+  if (a.ranks <= 16) return launch_ranks<Scalar, 1, 8, 4>(a, stream);
+  return launch_ranks<Scalar, 2, 8, 3>(a, stream);
+}
+
+template <>
+cudaError_t launch<float>(const Gradient& a, cudaStream_t stream) {
+  Gradient shared = a;
+  const int blocks = share_out(shared, kFloatSlab, kFloatRanks);
+  float_gradient_kernel<<<static_cast<unsigned int>(blocks), 32 * kFloatWarps, 0, stream>>>(shared);
+  return cudaSuccess;
+}
+
+}  // namespace
+
+const char* launch_lora_gradient(const LoraGradientArguments& arguments, void* stream) {
+  if (arguments.tokens == 0 || arguments.inputs == 0) return nullptr;
+  const int64_t vector = vector_size(arguments.type);
+  const auto product = [&](const void* wide, const void* small, float* total, int64_t wide_stride,
+                           int64_t small_stride) {
+    Product found = {};
+    found.wide = static_cast<const uint4*>(wide);
+    found.small = static_cast<const uint4*>(small);
+    found.total = total;
+    found.wide_stride = wide_stride / vector;
+    found.small_stride = small_stride / vector;
+    return found;
+  };
+  Gradient a = {};
+  a.down = product(arguments.x, arguments.p, arguments.d_down, arguments.x_stride,
+                   arguments.p_stride);
+  a.down.width = static_cast<int>(arguments.inputs);
+  a.down.groups = 1;
+  a.down.ranks = static_cast<int>(arguments.layers * arguments.ranks);
+  a.up = product(arguments.dy, arguments.h, arguments.d_up, arguments.dy_stride,
+                 arguments.h_stride);
+  a.up.width = static_cast<int>(arguments.outputs);
+  a.up.groups = static_cast<int>(arguments.layers);
+  a.up.ranks = static_cast<int>(arguments.ranks);
+  a.tokens = static_cast<int>(arguments.tokens);
+  a.rank = static_cast<int>(arguments.rank);
+  a.ranks = static_cast<int>(arguments.ranks);
+  a.splits = 1;
+  cudaError_t error = cudaSuccess;
+  const char* queued = with_type(arguments.type, [&]<typename Scalar>() {
+    error = launch<Scalar>(a, static_cast<cudaStream_t>(stream));
+  });
+  return error == cudaSuccess ? queued : cudaGetErrorString(error);
+}
+
+}  // namespace eri
