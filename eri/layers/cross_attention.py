@@ -17,9 +17,10 @@ Sources: Vaswani et al., "Attention Is All You Need", arXiv 1706.03762, section 
 "FlashAttention-2", arXiv 2307.08691, section 3, for the order of the backward pass.
 
 Limits of the kernels: sm_80 or newer; float16 or bfloat16; heads of 40, 64, 80 or 160; 1 to 256
-keys. Inputs that are not contiguous are copied. With up to 80 keys and heads of up to 80 the
-backward pass is one kernel and a sum; otherwise there is a kernel more, and P is worked out three
-times: with 231 keys and heads of 64, cuDNN's attention is the faster one on an H200.
+keys. Queries that are not contiguous are copied, and keys that are not in rows at one stride. With
+up to 80 keys and heads of up to 80 the backward pass is one kernel and a sum; otherwise there is a
+kernel more, and P is worked out three times: with 231 keys and heads of 64, cuDNN's attention is
+the faster one on an H200.
 
 Measured with `pytest -s -m gpu tests/layers/test_cross_attention.py -k bandwidth`.
 """
@@ -115,74 +116,77 @@ def is_fastest(q: Tensor, kv: Tensor, heads: int) -> bool:
 
 LIBRARY = Library("eri", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag,)
-LIBRARY.define("cross_attention(Tensor q, Tensor kv, int heads) -> Tensor", tags=TAGS)
+LIBRARY.define("cross_attention(Tensor q, Tensor kv, int heads, int tail) -> Tensor", tags=TAGS)
 LIBRARY.define(
-    "cross_attention_backward(Tensor d_o, Tensor q, Tensor kv, int heads, int tail)"
-    " -> (Tensor, Tensor)",
+    "cross_attention_backward(Tensor d_o, Tensor q, Tensor kv, Tensor(a!) dkv, int heads, int tail)"
+    " -> Tensor",
     tags=TAGS,
 )
 
 
 @torch.library.impl(LIBRARY, "cross_attention", "CPU")
-def _cross_attention_on_cpu(q: Tensor, kv: Tensor, heads: int) -> Tensor:
-    return cross_attention_reference(q, kv, heads).contiguous()
+def _cross_attention_on_cpu(q: Tensor, kv: Tensor, heads: int, tail: int) -> Tensor:
+    return with_tail(cross_attention_reference(q, kv, heads), tail).contiguous()
 
 
 @torch.library.impl(LIBRARY, "cross_attention_backward", "CPU")
-def _cross_attention_backward_on_cpu(
-    d_o: Tensor, q: Tensor, kv: Tensor, heads: int, tail: int
-) -> tuple[Tensor, Tensor]:
-    dq, dkv = cross_attention_backward_reference(d_o, q, kv, heads)
-    return with_tail(dq, tail).contiguous(), dkv
+def _cross_attention_backward_on_cpu(  # noqa: PLR0917 - the signature of the op
+    d_o: Tensor, q: Tensor, kv: Tensor, dkv: Tensor, heads: int, tail: int
+) -> Tensor:
+    dq, found = cross_attention_backward_reference(d_o, q, kv, heads)
+    dkv.copy_(found)
+    return with_tail(dq, tail).contiguous()
 
 
 @torch.library.register_fake("eri::cross_attention", lib=LIBRARY)
-def _cross_attention_fake(q: Tensor, kv: Tensor, heads: int) -> Tensor:
-    return q.new_empty(q.shape)
+def _cross_attention_fake(q: Tensor, kv: Tensor, heads: int, tail: int) -> Tensor:
+    return q.new_empty((q.shape[0] * q.shape[1], q.shape[2] + tail))
 
 
 @torch.library.register_fake("eri::cross_attention_backward", lib=LIBRARY)
-def _cross_attention_backward_fake(
-    d_o: Tensor, q: Tensor, kv: Tensor, heads: int, tail: int
-) -> tuple[Tensor, Tensor]:
-    return q.new_empty((q.shape[0] * q.shape[1], q.shape[2] + tail)), kv.new_empty(kv.shape)
+def _cross_attention_backward_fake(  # noqa: PLR0917 - the signature of the op
+    d_o: Tensor, q: Tensor, kv: Tensor, dkv: Tensor, heads: int, tail: int
+) -> Tensor:
+    return q.new_empty((q.shape[0] * q.shape[1], q.shape[2] + tail))
 
 
-def cross_attention(q: Tensor, kv: Tensor, heads: int) -> Tensor:
+def cross_attention(q: Tensor, kv: Tensor, heads: int, tail: int = 0) -> Tensor:
     """Attend from q `[B, T, H·D]` to kv `[B, S, 2·H·D]`, without a gradient of its own.
 
     Args:
         q: the queries of all heads side by side.
-        kv: the keys of all heads, and behind them the values.
+        kv: the keys of all heads, and behind them the values; rows may lie further apart.
         heads: H.
+        tail: numbers behind each row of the result that are not written.
 
     Returns:
-        `[B, T, H·D]`.
+        `[B·T, H·D + tail]`.
 
     Raises:
         ValueError: shapes do not fit each other.
         ConfigError: the backend is `cuda` and the kernel cannot be used.
     """
     _check(q, kv, heads)
-    if use_kernel("cross_attention", q.device, lambda: unsupported(q, kv, heads)):
-        return torch.ops.eri.cross_attention(_dense(q), _dense(kv), heads)
-    return cross_attention_reference(q, kv, heads)
+    if use_kernel("cross_attention", q.device, lambda: unsupported(q, kv, heads, tail)):
+        return torch.ops.eri.cross_attention(_dense(q), aligned_rows(kv), heads, tail)
+    return with_tail(cross_attention_reference(q, kv, heads), tail)
 
 
-def cross_attention_backward(
-    d_o: Tensor, q: Tensor, kv: Tensor, heads: int, tail: int = 0
-) -> tuple[Tensor, Tensor]:
+def cross_attention_backward(  # noqa: PLR0917 - the signature of the op
+    d_o: Tensor, q: Tensor, kv: Tensor, dkv: Tensor, heads: int, tail: int = 0
+) -> Tensor:
     """The gradients of q and kv.
 
     Args:
         d_o: of what `cross_attention` gave, with the rows of q.
         q: its input.
         kv: its input.
+        dkv: like kv; is written.
         heads: the same.
         tail: numbers behind each row of dq that are not written.
 
     Returns:
-        dq `[B·T, H·D + tail]`, and dkv like kv.
+        dq `[B·T, H·D + tail]`.
 
     Raises:
         ValueError: shapes do not fit each other.
@@ -191,10 +195,16 @@ def cross_attention_backward(
     _check(q, kv, heads)
     d_o = d_o.view(q.shape)
     if use_kernel("cross_attention", q.device, lambda: unsupported(q, kv, heads, tail)):
-        rows = _dense(d_o), _dense(q), _dense(kv)
-        return torch.ops.eri.cross_attention_backward(*rows, heads, tail)
-    dq, dkv = cross_attention_backward_reference(d_o, q, kv, heads)
-    return with_tail(dq, tail), dkv
+        written = aligned_rows(dkv)
+        dq = torch.ops.eri.cross_attention_backward(
+            _dense(d_o), _dense(q), aligned_rows(kv), written, heads, tail
+        )
+        if written is not dkv:
+            dkv.copy_(written)
+        return dq
+    dq, found = cross_attention_backward_reference(d_o, q, kv, heads)
+    dkv.copy_(found)
+    return with_tail(dq, tail)
 
 
 def _dense(rows: Tensor) -> Tensor:

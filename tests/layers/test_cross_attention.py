@@ -47,8 +47,9 @@ def attention(q: Tensor, kv: Tensor, heads: int) -> Tensor:
 
 
 def ours(q: Tensor, kv: Tensor, d_o: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dkv = cross_attention_backward(d_o, q, kv, heads)
-    return cross_attention(q, kv, heads), dq.view(q.shape), dkv
+    dkv = torch.empty_like(kv)
+    dq = cross_attention_backward(d_o, q, kv, dkv, heads)
+    return cross_attention(q, kv, heads).view(q.shape), dq.view(q.shape), dkv
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7, 4), (1, 1, 1, 1, 40), (2, 2, 4, 9, 64)])
@@ -67,18 +68,35 @@ def test_the_ops_are_registered_as_pytorch_wants_them(device: torch.device) -> N
         q, kv, d_o = inputs(shape, dtype, device)
         forward = torch.ops.eri.cross_attention.default
         backward = torch.ops.eri.cross_attention_backward.default
-        torch.library.opcheck(forward, (q, kv, shape[1]))
-        torch.library.opcheck(backward, (d_o, q, kv, shape[1], 0))
-        torch.library.opcheck(backward, (d_o, q, kv, shape[1], 8), test_utils=WITHOUT_VALUES)
+        given = d_o, q, kv, torch.empty_like(kv)
+        torch.library.opcheck(forward, (q, kv, shape[1], 0))
+        torch.library.opcheck(forward, (q, kv, shape[1], 8), test_utils=WITHOUT_VALUES)
+        torch.library.opcheck(backward, (*given, shape[1], 0))
+        torch.library.opcheck(backward, (*given, shape[1], 8), test_utils=WITHOUT_VALUES)
 
 
 def test_a_tail_is_left_behind_each_row() -> None:
     q, kv, d_o = inputs((2, 3, 5, 7, 4))
+    dkv = torch.empty_like(kv)
     with poison():
-        wide, _ = cross_attention_backward(d_o, q, kv, 3, tail=6)
-    narrow, _ = cross_attention_backward(d_o, q, kv, 3)
-    assert wide.shape == (10, 18) and wide[:, 12:].isnan().all()
-    assert torch.equal(wide[:, :12], narrow)
+        wide = cross_attention_backward(d_o, q, kv, dkv, 3, tail=6), cross_attention(q, kv, 3, 6)
+    narrow = cross_attention_backward(d_o, q, kv, dkv, 3), cross_attention(q, kv, 3)
+    for one, other in zip(wide, narrow, strict=True):
+        assert one.shape == (10, 18) and one[:, 12:].isnan().all()
+        assert torch.equal(one[:, :12], other)
+
+
+def test_keys_and_values_may_lie_among_others() -> None:
+    q, kv, d_o = inputs((2, 3, 5, 7, 4))
+    all_words = torch.full((2, 7, 40), torch.nan, dtype=q.dtype)
+    all_gradients = all_words.clone()
+    own, d_own = all_words[..., 8:32], all_gradients[..., 8:32]
+    own.copy_(kv)
+    dq = cross_attention_backward(d_o, q, own, d_own, 3)
+    o, expected, d_words = ours(q, kv, d_o, 3)
+    assert torch.equal(dq.view(q.shape), expected) and torch.equal(d_own, d_words)
+    assert torch.equal(cross_attention(q, own, 3).view(q.shape), o)
+    assert all_gradients[..., :8].isnan().all() and all_gradients[..., 32:].isnan().all()
 
 
 def test_reasons_are_in_words() -> None:
@@ -185,21 +203,28 @@ def test_tails_and_gaps_change_no_bit(keys: int, size: int) -> None:
     o, dq, dkv = ours(q, kv, d_o, 2)
     shifted = [torch.empty(x.numel() + 1, device="cuda").to(x)[1:].view(x.shape) for x in (q, kv)]
     far_q, far_kv = (x.copy_(y) for x, y in zip(shifted, (q, kv), strict=True))
+    wide_kv, odd_kv = kv.new_full((2, 2, keys, kv.shape[2] + 24), torch.nan)
+    apart = wide_kv[..., 16:-8].copy_(kv)  # among others, each row where a vector may begin
+    d_apart, d_odd = torch.full_like(wide_kv, torch.nan)[..., 16:-8], odd_kv[..., 3:-21]
     for tail in (8, 48):
-        with poison():
-            wide, again = cross_attention_backward(d_o, far_q, far_kv, 2, tail)
-            other = cross_attention(far_q, far_kv, 2)
-        assert torch.equal(wide[:, :-tail], dq.flatten(0, 1)) and wide[:, -tail:].isnan().all()
-        assert torch.equal(again, dkv) and torch.equal(other, o)
+        for words, d_words in (far_kv, torch.empty_like(kv)), (apart, d_apart), (apart, d_odd):
+            with poison():
+                wide = cross_attention_backward(d_o, far_q, words, d_words, 2, tail)
+                other = cross_attention(far_q, words, 2, tail)
+            for rows, expected in (wide, dq), (other, o):
+                assert torch.equal(rows[:, :-tail], expected.flatten(0, 1))
+                assert rows[:, -tail:].isnan().all()
+            assert torch.equal(d_words, dkv)
+    assert odd_kv[..., :3].isnan().all() and odd_kv[..., -21:].isnan().all()
 
 
 @gpu
 def test_what_is_not_finite_stays_in_its_row_and_head() -> None:
     set_backend("cuda")
     q, kv, _ = inputs((2, 2, 40, 77, 64), torch.bfloat16, "cuda")
-    clean = cross_attention(q, kv, 2)
+    clean = cross_attention(q, kv, 2).view(q.shape)
     q[1, 3, 70] = torch.nan
-    o = cross_attention(q, kv, 2)
+    o = cross_attention(q, kv, 2).view(q.shape)
     assert o[1, 3, 64:].isnan().all()
     o[1, 3, 64:] = clean[1, 3, 64:]
     assert torch.equal(o, clean)
@@ -248,7 +273,7 @@ def test_what_the_kernels_cannot_do_the_reference_does() -> None:
         ("cross_attention: 3 heads", lambda d_o, q, kv: (d_o, q, kv, 3, 0)),
         ("cross_attention: kv is", lambda d_o, q, kv: (d_o, q, kv[..., :64].contiguous(), 2, 0)),
         ("cross_attention: d_o has", lambda d_o, q, kv: (d_o[:, :1].contiguous(), q, kv, 2, 0)),
-        ("cross_attention: a tail of 4", lambda d_o, q, kv: (d_o, q, kv, 2, 4)),
+        ("cross_attention: tail is 4", lambda d_o, q, kv: (d_o, q, kv, 2, 4)),
     ],
 )
 def test_the_kernel_names_what_it_cannot_take(
@@ -256,8 +281,9 @@ def test_the_kernel_names_what_it_cannot_take(
 ) -> None:
     loaded()
     q, kv, d_o = inputs((1, 2, 4, 5, 64), torch.bfloat16, "cuda")
+    d_o, q, words, heads, tail = wrong(d_o, q, kv)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.eri.cross_attention_backward(*wrong(d_o, q, kv))
+        torch.ops.eri.cross_attention_backward(d_o, q, words, torch.empty_like(kv), heads, tail)
 
 
 @gpu
@@ -271,10 +297,11 @@ def test_bandwidth() -> None:
     ):
         heads = shape[1]
         sets = [inputs(shape, torch.bfloat16, "cuda") for _ in range(4)]
+        sets = [(q, kv, d_o, torch.empty_like(kv)) for q, kv, d_o in sets]
         size = sets[0][0].nbytes
         us = microseconds(lambda i, s=sets, h=heads: cross_attention(*s[i][:2], h))
         back = microseconds(
-            lambda i, s=sets, h=heads: cross_attention_backward(s[i][2], *s[i][:2], h)
+            lambda i, s=sets, h=heads: cross_attention_backward(s[i][2], *s[i][:2], s[i][3], h)
         )
         line = f"{shape}: {us:6.1f} us, {2 * size / us / 1e3:5.0f} GB/s; backward {back:6.1f} us, "
         line += f"{3 * size / back / 1e3:5.0f} GB/s"
@@ -289,12 +316,14 @@ def test_bandwidth() -> None:
 
 
 def sdpa_times(
-    sets: list[tuple[Tensor, Tensor, Tensor]], heads: int, backend: SDPBackend
+    sets: list[tuple[Tensor, ...]], heads: int, backend: SDPBackend
 ) -> tuple[float, float]:
     """Microseconds of PyTorch's attention, forward and, with a forward pass taken off, backward."""
     with sdpa_kernel(backend):
         us = microseconds(lambda i: attention(*sets[i][:2], heads))
-        leaves = [(q.detach().requires_grad_(), kv.detach().requires_grad_()) for q, kv, _ in sets]
+        leaves = [
+            (q.detach().requires_grad_(), kv.detach().requires_grad_()) for q, kv, *_ in sets
+        ]
         # both in one graph: autograd goes backward on the stream that it went forward on
         both = microseconds(
             lambda i: torch.autograd.grad(attention(*leaves[i], heads), leaves[i], sets[i][2])

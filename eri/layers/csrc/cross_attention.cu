@@ -43,18 +43,18 @@ __global__ void __launch_bounds__(Cut<kSize, kMany>::kThreads, Cut<kSize, kMany>
 
   const int64_t sample = blockIdx.x / p.heads;
   const int column = static_cast<int>(blockIdx.x) % p.heads * kSize;
-  const Scalar* const of_keys = kv + sample * p.keys * 2 * p.width + column;
+  const Scalar* const of_keys = kv + sample * p.keys * p.kv_stride + column;
   const Scalar* const of_queries = q + sample * p.queries * p.width + column;
-  Scalar* const result = o + sample * p.queries * p.width + column;
+  Scalar* const result = o + sample * p.queries * p.result_stride + column;
   const int first = static_cast<int>(static_cast<int64_t>(p.tiles) * blockIdx.y / p.strips);
   const int last = static_cast<int>(static_cast<int64_t>(p.tiles) * (blockIdx.y + 1) / p.strips);
 
   const auto copy_keys = [&](int chunk) {
-    const Scalar* const from = of_keys + chunk * kKeys * 2 * p.width;
+    const Scalar* const from = of_keys + chunk * kKeys * p.kv_stride;
     const int left = p.keys - chunk * kKeys;
     const uint32_t place = held > 1 ? chunk * kChunkBytes : 0;
-    copy_rows<kSize, kKeys, C::kThreads>(keys + place, from, 2 * p.width, left, threadIdx.x);
-    copy_rows<kSize, kKeys, C::kThreads>(values + place, from + p.width, 2 * p.width, left,
+    copy_rows<kSize, kKeys, C::kThreads>(keys + place, from, p.kv_stride, left, threadIdx.x);
+    copy_rows<kSize, kKeys, C::kThreads>(values + place, from + p.width, p.kv_stride, left,
                                          threadIdx.x);
   };
   const auto copy_queries = [&](int tile) {
@@ -127,8 +127,8 @@ __global__ void __launch_bounds__(Cut<kSize, kMany>::kThreads, Cut<kSize, kMany>
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
       const float factors[2] = {1.0f / sum_of_four(total[r][0]), 1.0f / sum_of_four(total[r][1])};
-      store_rows(result + (row + 16 * r) * p.width, p.width, p.queries - row - 16 * r, sums[r],
-                 factors);
+      store_rows(result + (row + 16 * r) * p.result_stride, p.result_stride,
+                 p.queries - row - 16 * r, sums[r], factors);
     }
   }
 }
@@ -146,7 +146,7 @@ void launch(const CrossAttentionArguments& a, cudaStream_t stream) {
   const dim3 blocks(a.batch * a.heads, p.strips);
   forward_kernel<Scalar, kSize, kMany><<<blocks, C::kThreads, bytes, stream>>>(
       static_cast<const Scalar*>(a.q), static_cast<const Scalar*>(a.kv),
-      static_cast<Scalar*>(a.o), p);
+      static_cast<Scalar*>(a.result), p);
 }
 
 }  // namespace

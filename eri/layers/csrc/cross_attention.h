@@ -11,19 +11,20 @@ constexpr int kCrossAttentionKeys = 256;  // at most
 
 struct CrossAttentionArguments {
   const void* q;            // [batch, queries, heads * size]; 16-byte aligned like all that follow
-  const void* kv;           // [batch, keys, 2 * heads * size]: keys, then values
+  const void* kv;           // [batch * keys, kv_stride]; 2 * heads * size: keys, then values
   const void* d_o;          // like q; null in the forward pass
-  void* o;                  // like q; null in the backward pass
-  void* dq;                 // [batch * queries, dq_stride]; the first heads * size are written
-  void* dkv;                // like kv
+  void* result;             // o or dq, [batch * queries, result_stride]; heads * size are written
+  void* dkv;                // [batch * keys, dkv_stride], like kv
   float* work;              // for the backward pass, as long as cross_attention_work says
   FloatType type;           // of all but work; not float32
   int batch;                //
-  int queries;              // of a sample; queries * dq_stride < 2^31
+  int queries;              // of a sample; queries * result_stride < 2^31
   int keys;                 // of a sample, 1 to kCrossAttentionKeys
   int heads;                //
   int size;                 // of a head: 40, 64, 80 or 160
-  int64_t dq_stride;        // numbers from one row to the next, a multiple of 8
+  int kv_stride;            // numbers from one row to the next; multiples of 8
+  int dkv_stride;           // keys * of both < 2^31
+  int result_stride;        //
 };
 
 // Each queues its kernels on a cudaStream_t; returns null, or what CUDA says is wrong.

@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(kThreads, Cut<kSize>::kBlocks)
       const float factors[2] = {p.scale, p.scale};
 #pragma unroll
       for (int r = 0; r < C::kRowTiles; ++r) {
-        store_rows(head.dq + (row + 16 * r) * at.dq_stride, at.dq_stride, p.queries - row - 16 * r,
-                   dq[r], factors);
+        store_rows(head.dq + (row + 16 * r) * p.result_stride, p.result_stride,
+                   p.queries - row - 16 * r, dq[r], factors);
       }
     }
     __syncthreads();
@@ -170,8 +170,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       multiply_packed<Scalar, kSize>(dq, packed, keys_below + place);
     }
     const float factors[2] = {p.scale, p.scale};
-    store_rows(head.dq + (row + own) * at.dq_stride, at.dq_stride, p.queries - row - own, dq[0],
-               factors);
+    store_rows(head.dq + (row + own) * p.result_stride, p.result_stride, p.queries - row - own,
+               dq[0], factors);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int of = row + own + lane_id() / 4 + 8 * half;
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <typename Scalar, int kSize>
 __global__ void __launch_bounds__(kSumThreads)
     sum_kernel(const float* __restrict__ partial, Scalar* __restrict__ dkv, int vectors,
-               const Problem p) {
+               int dkv_stride, const Problem p) {
   const int i = static_cast<int>(blockIdx.x) * kSumThreads + static_cast<int>(threadIdx.x);
   if (i >= vectors) return;
   constexpr int kPieces = kSize / 8;
@@ -219,7 +219,9 @@ __global__ void __launch_bounds__(kSumThreads)
   for (int w = 0; w < 4; ++w) {
     words[w] = pack_pair<Scalar>(sums[2 * w] * factor, sums[2 * w + 1] * factor);
   }
-  reinterpret_cast<uint4*>(dkv)[i] = make_uint4(words[0], words[1], words[2], words[3]);
+  Scalar* const row = dkv + static_cast<int64_t>(sample * p.keys + key) * dkv_stride;
+  *reinterpret_cast<uint4*>(row + of_values * p.width + head * kSize + 8 * piece) =
+      make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 template <typename Scalar, int kSize>
@@ -248,9 +250,8 @@ void launch(const CrossAttentionArguments& a, cudaStream_t stream) {
   float* const moments = a.work + 2LL * heads * p.strips * a.keys * kSize;
   const Pointers<Scalar> at = {
       static_cast<const Scalar*>(a.q),   static_cast<const Scalar*>(a.kv),
-      static_cast<const Scalar*>(a.d_o), static_cast<Scalar*>(a.dq),
-      a.work,                            moments,
-      static_cast<int>(a.dq_stride)};
+      static_cast<const Scalar*>(a.d_o), static_cast<Scalar*>(a.result),
+      a.work,                            moments};
   if (C::whole(a.keys)) {
     if constexpr (kSize != 160) {
       strip_kernel<Scalar, kSize, true>
@@ -271,7 +272,7 @@ void launch(const CrossAttentionArguments& a, cudaStream_t stream) {
   }
   const int vectors = heads * a.keys * 2 * kSize / 8;
   sum_kernel<Scalar, kSize><<<(vectors + kSumThreads - 1) / kSumThreads, kSumThreads, 0, stream>>>(
-      a.work, static_cast<Scalar*>(a.dkv), vectors, p);
+      a.work, static_cast<Scalar*>(a.dkv), vectors, a.dkv_stride, p);
 }
 
 }  // namespace

@@ -38,7 +38,6 @@ struct Pointers {
   Scalar* dq;
   float* partial;  // [heads of all samples, strips, keys or values, keys, size]
   float* moments;  // [heads of all samples, queries, kMoments]
-  int dq_stride;
 };
 
 // What one block looks at of a head.
@@ -56,8 +55,8 @@ __device__ __forceinline__ Head<Scalar> head_of(const Pointers<Scalar>& at, cons
   const int64_t sample = blockIdx.x / p.heads;
   const int column = static_cast<int>(blockIdx.x) % p.heads * kSize;
   const int64_t rows = sample * p.queries * p.width + column;
-  return {at.q + rows, at.d_o + rows, at.kv + sample * p.keys * 2 * p.width + column,
-          at.dq + sample * p.queries * at.dq_stride + column,
+  return {at.q + rows, at.d_o + rows, at.kv + sample * p.keys * p.kv_stride + column,
+          at.dq + sample * p.queries * p.result_stride + column,
           at.moments + static_cast<int64_t>(blockIdx.x) * p.queries * kMoments};
 }
 
@@ -67,9 +66,9 @@ __device__ __forceinline__ void copy_chunk(uint32_t to, uint32_t values, const S
                                            int chunk, const Problem& p) {
   constexpr int kKeys = Cut<kSize>::kKeys;
   const int first = chunk * kKeys;
-  const Scalar* const from = keys + first * 2 * p.width;
-  copy_rows<kSize, kKeys, kThreads>(to, from, 2 * p.width, p.keys - first, threadIdx.x);
-  copy_rows<kSize, kKeys, kThreads>(values, from + p.width, 2 * p.width, p.keys - first,
+  const Scalar* const from = keys + first * p.kv_stride;
+  copy_rows<kSize, kKeys, kThreads>(to, from, p.kv_stride, p.keys - first, threadIdx.x);
+  copy_rows<kSize, kKeys, kThreads>(values, from + p.width, p.kv_stride, p.keys - first,
                                     threadIdx.x);
 }
 

@@ -32,6 +32,8 @@ struct Problem {
   int strips;         // that they are shared out to
   int held;           // chunks of keys in shared memory: all of them, or one at a time
   int width;          // numbers of a row of q: heads * size
+  int kv_stride;      // and of kv, what lies between rows included
+  int result_stride;  // likewise of o or dq
   float scale;        // 1 / sqrt(size)
   float power_scale;  // the same for powers of two
 };
@@ -271,6 +273,8 @@ inline Problem problem_of(const CrossAttentionArguments& a, int rows) {
   p.tiles = (a.queries + rows - 1) / rows;
   p.held = 1;
   p.width = a.heads * a.size;
+  p.kv_stride = a.kv_stride;
+  p.result_stride = a.result_stride;
   p.scale = 1.0f / sqrtf(static_cast<float>(a.size));
   p.power_scale = p.scale * kLog2E;
   return p;
