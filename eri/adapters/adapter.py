@@ -95,10 +95,15 @@ class Adapter:
     def flatten(self) -> Flat:
         """Move all matrices into one piece of memory, down matrices first.
 
-        Layers that read the same input then have theirs side by side.
+        Layers that run as one, see `LoRALayer.copied_by`, then have theirs side by side.
         """
-        named = sorted(self.named_parameters(), key=lambda pair: ".lora_b." in pair[0])
-        flat = Flat(dict(named), self.changed)
+        runs: dict[object, list[str]] = {}
+        for name, layer in self.layers.items():
+            runs.setdefault(layer.copied_by or layer, []).append(name)
+        layers = [name for names in runs.values() for name in names]
+        matrices = dict(self.named_parameters())
+        order = [f"{name}.{part}.weight" for part in ("lora_a", "lora_b") for name in layers]
+        flat = Flat({name: matrices[name] for name in order}, self.changed)
         self._copies = None  # from where the matrices were
         self.changed()  # what that needs is made now, not within a step, which may keep nothing
         return flat

@@ -66,13 +66,15 @@ class Projection:
 
     Args:
         layers: frozen; each plain or with a low-rank update that drops nothing.
+        tails: whether rows may have one; without, [W; A] is all that is stored. Of many layers
+            [W, B] is mostly zeros, and their updates are added by one product of each instead.
 
     Raises:
         ValueError: the layers have other widths, or their updates other scales.
     """
 
     @torch.no_grad()
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], *, tails: bool = True) -> None:
         bases = [base_of(layer) for layer in layers]
         weights = [base.weight.flatten(1) for base in bases]
         if len({weight.shape for weight in weights}) > 1:
@@ -81,11 +83,12 @@ class Projection:
         self.count = len(layers)
         self.width, self.inputs = weights[0].shape  # of a layer
         ranks = [layer.rank for layer in layers if isinstance(layer, LoRALayer)]
-        self.rank = -(-max(ranks, default=0) // VECTOR) * VECTOR  # each layer's share of a tail
-        self.tail = self.count * self.rank
+        self.rank = -(-max(ranks, default=0) // VECTOR) * VECTOR  # each layer's columns of H
+        self.ranks = self.count * self.rank
+        self.tail = self.ranks if tails else 0
         outputs = self.count * self.width
-        self.matrix = weights[0].new_zeros(outputs + self.tail, self.inputs + self.tail)
-        self.up = self.matrix.new_zeros(self.tail, self.width)  # Bᵀ of each, once more
+        self.matrix = weights[0].new_zeros(outputs + self.ranks, self.inputs + self.tail)
+        self.up = self.matrix.new_zeros(self.ranks, self.width)  # Bᵀ of each
         for base, weight, start in zip(bases, weights, self._starts(), strict=True):
             place = self.matrix[start : start + self.width, : self.inputs]
             place.copy_(weight)
@@ -122,26 +125,26 @@ class Projection:
         for place, layer in self._updates():
             # detached: a graph that copies hold would tie a later backward pass to this stream
             a, b = (matrix.weight.detach().flatten(1) for matrix in _pair(layer))
-            row, tail = place * self.width, place * self.rank
-            below = self.matrix[self.count * self.width + tail :, : self.inputs]
-            beside = self.matrix[row : row + self.width, self.inputs + tail :]
+            row, first = place * self.width, place * self.rank
+            below = self.matrix[self.count * self.width + first :, : self.inputs]
+            beside = self.matrix[row : row + self.width, self.inputs + first :]
             yield MatrixCopy(a, below[: layer.rank])
-            yield MatrixCopy(b, beside[:, : layer.rank])
-            yield MatrixCopy(b.T, self.up[tail : tail + layer.rank])
+            yield MatrixCopy(b.T, self.up[first : first + layer.rank])
+            if self.tail:
+                yield MatrixCopy(b, beside[:, : layer.rank])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """y `[T, ΣN]` and H `[T, tail]` of x `[T, K + tail]`, whose tail is filled, or `[T, K]`."""
+        """y `[T, ΣN]` and H `[T, n·r]` of x `[T, K + tail]`, whose tail is filled, or `[T, K]`."""
         if not self._is_adapted():
             return F.linear(x[:, : self.inputs], self.weight, self.bias), None
         outputs = self.count * self.width
         h = lora_down(x, self.matrix[outputs:, : self.inputs], 1, self._scale())
         if x.shape[1] > self.inputs:
             return F.linear(x, self.matrix[:outputs], self.bias), h
-        y = F.linear(x, self.weight, self.bias)
-        return y.addmm_(h, self.matrix[:outputs, self.inputs :].T), h
+        return self._add_updates(F.linear(x, self.weight, self.bias), h), h
 
     def narrow(self, dy: Tensor) -> Tensor | None:
-        """P `[T, tail]` of dy `[T, ΣN + tail]`, whose tail is filled, or `[T, ΣN]`."""
+        """P `[T, n·r]` of dy `[T, ΣN + tail]`, whose tail is filled, or `[T, ΣN]`."""
         return lora_down(dy, self.up, self.count, self._scale()) if self._is_adapted() else None
 
     def backward(self, dy: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -178,9 +181,17 @@ class Projection:
             part = dy[:, place * self.width : (place + 1) * self.width]
             lora_gradient(part, x, p[:, own], h[:, own], down, up[None])
 
+    def _add_updates(self, y: Tensor, h: Tensor) -> Tensor:
+        """y and what the layers' updates make of their parts of H; in place."""
+        if self.count == 1:
+            return y.addmm_(h, self.up)
+        each, parts = (rows.unflatten(1, (self.count, -1)).transpose(0, 1) for rows in (y, h))
+        each.baddbmm_(parts, self.up.unflatten(0, (self.count, -1)))
+        return y
+
     def _is_adapted(self) -> bool:
         """Whether there is an update; the copies of its matrices are those of now."""
-        if self.tail == 0:
+        if self.ranks == 0:
             return False
         state = [
             matrix.weight._version for _, layer in self._updates() for matrix in _pair(layer)

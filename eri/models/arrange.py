@@ -1,12 +1,12 @@
 """How a U-Net is laid out and run for training; what it computes stays the same.
 
 Maps lie pixel by pixel (`channels_last`), as tensor cores read them and as tokens lie. And the net
-either runs as plain modules, of which autograd keeps what it likes, or *lean*: transformer blocks
-as one function each (`eri.models.lean`), resnets by `group_norm_silu` and `frozen_conv`. These keep
-the inputs of norms, the queries, keys, values and results of attentions, and what goes into gates,
-and compute the rest again on the way. In units of tokens times width that is 17 for a transformer
-block. `Recompute` goes on from there. The weights of a lean block's linear layers lie where its
-products read them, see `eri.layers.projection`; the modules have views of them.
+either runs as plain modules, of which autograd keeps what it likes, or *lean*: the transformer
+blocks of a map as one function (`eri.models.lean`), resnets by `group_norm_silu` and `frozen_conv`.
+These keep the inputs of norms, the queries, keys, values and results of attentions, and what goes
+into gates, and compute the rest again on the way. In units of tokens times width that is 17 for a
+transformer block. `Recompute` goes on from there. The weights of lean blocks' linear layers lie
+where products read them, see `eri.layers.projection`; the modules have views of them.
 
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
 """
@@ -44,9 +44,9 @@ def arrange(unet: UNet, *, lean: bool, recompute: Recompute = "nothing") -> None
             module.lean = lean
         elif isinstance(module, SpatialTransformer):
             module.make_lean(lean)
+            module.recompute = recompute
             pixels |= {base_of(end) for end in (module.proj_in, module.proj_out) if lean}
         elif isinstance(module, BasicTransformerBlock):
-            module.make_lean(lean)
             module.recompute = recompute
         elif isinstance(module, nn.Conv2d) and module not in pixels:
             if not module.weight.requires_grad:

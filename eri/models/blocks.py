@@ -5,6 +5,7 @@ token, E width of the time embedding, S tokens of the context, K their width.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from eri.layers import (
 from eri.layers.frozen_conv import frozen_conv
 from eri.layers.group_norm_silu import group_norm_silu
 from eri.layers.projection import Projection, project
-from eri.models.lean import BlockParts, Recompute, transformer_block
+from eri.models.lean import BlockParts, Recompute, StackParts, transformer_blocks
 
 __all__ = [
     "MLP",
@@ -142,8 +143,7 @@ class BasicTransformerBlock(nn.Module):
                 dim, heads, lora_rank, alpha=lora_alpha, context_dim=key_dim, norm_groups=None
             )
 
-        self.lean: BlockParts | None = None  # see `eri.models.arrange`
-        self.recompute: Recompute = "nothing"
+        self.recompute: Recompute = "nothing"  # see `eri.models.arrange`
         self.norm1 = LayerNorm(dim)
         self.attn1 = attention(None)
         self.norm2 = LayerNorm(dim)
@@ -153,22 +153,12 @@ class BasicTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Map tokens `[B, T, D]` and context `[B, S, K]` to `[B, T, D]`."""
-        if self.lean is not None:
-            return transformer_block(x, context, self.lean, self.recompute)
         if self.recompute == "blocks":
             return self._recomputed(self._run, x, context)
         return self._run(x, context)
 
-    def make_lean(self, lean: bool) -> None:
-        """Run as one function or as modules; weights of the one lie together."""
-        if lean and self.lean is None:
-            self.lean = self._parts()
-        elif not lean and self.lean is not None:
-            for projection in self.lean.projections:
-                projection.release()
-            self.lean = None
-
-    def _parts(self) -> BlockParts:
+    def parts(self) -> BlockParts:
+        """The layers as `eri.models.lean` runs them; their weights move."""
         attention, cross = self.attn1, self.attn2
         return BlockParts(
             norms=(self.norm1, self.norm2, self.norm3),
@@ -176,7 +166,6 @@ class BasicTransformerBlock(nn.Module):
             self_in=Projection([attention.to_q, attention.to_k, attention.to_v]),
             self_out=Projection([attention.to_out]),
             cross_q=Projection([cross.to_q]),
-            cross_kv=Projection([cross.to_k, cross.to_v]),
             cross_out=Projection([cross.to_out]),
             ff_in=Projection([self.ff.proj_in]),
             ff_out=Projection([self.ff.proj_out]),
@@ -202,6 +191,19 @@ class BasicTransformerBlock(nn.Module):
     def _recomputed(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """`run(*inputs)`, of which only the inputs are kept."""
         return checkpoint(run, *inputs, use_reentrant=False)
+
+
+class _LeanParts(NamedTuple):
+    """A spatial transformer as `eri.models.lean` runs it."""
+
+    proj_in: Projection
+    proj_out: Projection
+    blocks: StackParts | None
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """All of them."""
+        return self.proj_in, self.proj_out, *(self.blocks.projections if self.blocks else ())
 
 
 class SpatialTransformer(nn.Module):
@@ -241,7 +243,8 @@ class SpatialTransformer(nn.Module):
                 Linear(channels, channels) if linear_projection else Conv2d(channels, channels, 1)
             )
 
-        self.lean: tuple[Projection, Projection] | None = None  # see `eri.models.arrange`
+        self.lean: _LeanParts | None = None  # see `eri.models.arrange`
+        self.recompute: Recompute = "nothing"
         self.linear_projection = linear_projection
         self.norm = GroupNorm(groups, channels, 1e-6)
         self.proj_in = projection()
@@ -257,7 +260,7 @@ class SpatialTransformer(nn.Module):
         """Map `x` `[B, C, H, W]` and context `[B, S, K]` to `[B, C, H, W]`."""
         height, width = x.shape[-2:]
         if self.lean is not None:
-            return _map(self._lean_run(x, context, *self.lean), height, width)
+            return _map(self._lean_run(x, context, self.lean), height, width)
         h = self.norm(x)
         if self.linear_projection:
             h = self.proj_in(_tokens(h))
@@ -272,22 +275,31 @@ class SpatialTransformer(nn.Module):
         return x + h
 
     def make_lean(self, lean: bool) -> None:
-        """Run the ends as linear layers on pixels, with weights where their products read them."""
+        """Run as few functions, whose weights lie where products read them, or as modules."""
         if lean and self.lean is None:
-            self.lean = Projection([self.proj_in]), Projection([self.proj_out])
+            self.lean = self._lean_parts()
         elif not lean and self.lean is not None:
-            for projection in self.lean:
+            for projection in self.lean.projections:
                 projection.release()
             self.lean = None
 
-    def _lean_run(
-        self, x: Tensor, context: Tensor | None, proj_in: Projection, proj_out: Projection
-    ) -> Tensor:
+    def _lean_parts(self) -> _LeanParts:
+        blocks = [block for block in self.blocks if isinstance(block, BasicTransformerBlock)]
+        ends = Projection([self.proj_in]), Projection([self.proj_out])
+        if not blocks:
+            return _LeanParts(*ends, None)
+        words = [layer for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v)]
+        parts = [block.parts() for block in blocks]
+        return _LeanParts(*ends, StackParts(parts, Projection(words, tails=False)))
+
+    def _lean_run(self, x: Tensor, context: Tensor | None, parts: _LeanParts) -> Tensor:
         """The result as tokens `[B, H·W, C]`; a 1×1 convolution is a linear layer on pixels."""
-        h = project(_tokens(group_norm_silu(x, self.norm, silu=False)), proj_in)
-        for block in self.blocks:
-            h = block(h, context)
-        return project(h, proj_out, residual=_tokens(x))
+        h = project(_tokens(group_norm_silu(x, self.norm, silu=False)), parts.proj_in)
+        if parts.blocks is not None:
+            if context is None:
+                raise ValueError("SpatialTransformer has blocks: pass their context [B, S, K]")
+            h = transformer_blocks(h, context, parts.blocks, self.recompute)
+        return project(h, parts.proj_out, residual=_tokens(x))
 
 
 def _tokens(x: Tensor) -> Tensor:

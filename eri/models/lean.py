@@ -1,14 +1,15 @@
-r"""A transformer block as one function, which keeps little and fuses what lies between products.
+r"""Transformer blocks as one function, which keeps little and fuses what lies between products.
 
     x₁ = x₀ + attention(norm₁(x₀))
     x₂ = x₁ + attention(norm₂(x₁), context)
     y  = x₂ + feed_forward(norm₃(x₂))
 
-Kept for the backward pass are x₀, x₁ and x₂, the projections q, k, v and what the heads gave, what
-goes into the gate, and the narrow H of each projection: 17 times tokens times width. Norms and
-gates are computed again on the way. A norm adds the residual before it, forward and backward, and
-what norms and gates write has a tail for the low-rank update of the projection that reads it next;
-see `eri.layers.projection`.
+Kept for the backward pass of a block are x₀, x₁ and x₂, the projections q, k, v and what the heads
+gave, what goes into the gate, and the narrow H of each projection: 17 times tokens times width.
+Norms and gates are computed again on the way. A norm adds the residual before it, that of the
+block before included, and on the way back the gradient of the residual; and what norms and gates
+write has a tail for the low-rank update of the projection that reads it next, see
+`eri.layers.projection`. The context is projected once for all blocks.
 
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
 """
@@ -29,7 +30,7 @@ from eri.layers.layer_norm import add_layer_norm, layer_norm, layer_norm_backwar
 from eri.layers.projection import Projection
 from eri.layers.sdpa import Kept, sdpa, sdpa_backward
 
-__all__ = ["RECOMPUTE", "BlockParts", "Recompute", "transformer_block"]
+__all__ = ["RECOMPUTE", "BlockParts", "Recompute", "StackParts", "transformer_blocks"]
 
 Recompute = Literal["nothing", "feed-forward", "projections", "blocks"]
 """What of a transformer block the backward pass computes again instead of keeping: what goes into
@@ -48,7 +49,6 @@ class BlockParts:
     self_in: Projection  # to queries, keys and values
     self_out: Projection
     cross_q: Projection
-    cross_kv: Projection  # of the context
     cross_out: Projection
     ff_in: Projection  # to values and gates
     ff_out: Projection
@@ -56,12 +56,25 @@ class BlockParts:
     @property
     def projections(self) -> tuple[Projection, ...]:
         """All of them, in the order in which they run."""
-        attention = self.self_in, self.self_out, self.cross_q, self.cross_kv, self.cross_out
+        attention = self.self_in, self.self_out, self.cross_q, self.cross_out
         return *attention, self.ff_in, self.ff_out
 
 
+@dataclass(frozen=True)
+class StackParts:
+    """Transformer blocks of one width, which run one after the other."""
+
+    blocks: Sequence[BlockParts]
+    words: Projection  # of the context, to the keys and the values of each block
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """All of them."""
+        return self.words, *(one for block in self.blocks for one in block.projections)
+
+
 class _Trace(NamedTuple):
-    """What a forward pass leaves; None is computed again. T = batch times tokens, h: see H above.
+    """What a block's forward pass leaves; None is computed again. T = batch times tokens.
 
     A norm leaves its means and deviations, an attention what its kernel keeps.
     """
@@ -71,100 +84,147 @@ class _Trace(NamedTuple):
     moments: tuple[Tensor, Tensor, Tensor]  # [T, 2] of each norm
     self_o: Tensor  # [T, D]
     self_kept: Kept
-    cross_o: Tensor  # [T, D]
+    cross_o: Tensor  # [T, D], or with a tail
     cross_kept: Kept | None  # None: the kernel for few keys ran, which keeps nothing
-    hidden: tuple[Tensor | None, ...]  # of each projection
-    self_qkv: Tensor | None = None  # [T, 3·D]
-    cross_q: Tensor | None = None  # [T, D]
-    cross_kv: Tensor | None = None  # [B·S, 2·D]
-    u: Tensor | None = None  # into the gate
+    hidden: tuple[Tensor | None, ...]  # H of each projection
+    self_qkv: Tensor | None  # [T, 3·D]
+    cross_q: Tensor | None  # [T, D]
+    u: Tensor | None  # into the gate
 
 
-def transformer_block(
-    x: Tensor, context: Tensor, parts: BlockParts, recompute: Recompute = "nothing"
+class _Run(NamedTuple):
+    """What the forward pass leaves."""
+
+    x0: list[Tensor]  # [T, D], of each block
+    traces: list[_Trace | None]
+    h_words: Tensor | None  # H of the context
+    kv: Tensor | None  # [B·S, n·2·D]
+
+
+def transformer_blocks(
+    x: Tensor, context: Tensor, parts: StackParts, recompute: Recompute = "nothing"
 ) -> Tensor:
-    """Run a block whose norms and weights are frozen.
+    """Run blocks whose norms and weights are frozen.
 
     Args:
         x: `[B, T, D]`.
         context: `[B, S, K]`.
-        parts: of the block.
+        parts: of the blocks.
         recompute: what the backward pass computes again.
     """
     parameters = (p for projection in parts.projections for p in projection.parameters)
-    return _Block.apply(x, context, parts, recompute, *parameters)
+    return _Blocks.apply(x, context, parts, recompute, *parameters)
 
 
-class _Block(torch.autograd.Function):
+class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         context: Tensor,
-        parts: BlockParts,
+        parts: StackParts,
         recompute: Recompute,
         *parameters: Tensor,
     ) -> Tensor:
-        y, trace = _forward(parts, x, context)
-        ctx.parts, ctx.others = parts, 2 + len(parameters)
-        if recompute == "feed-forward":
-            trace = trace._replace(u=None)
-        elif recompute == "projections":
-            trace = trace._replace(u=None, self_qkv=None, cross_q=None, cross_kv=None)
-        tensors, ctx.rebuild = _taken_apart(None if recompute == "blocks" else trace)
-        ctx.save_for_backward(x, context, *tensors)
-        return y
+        kv, h_words = parts.words.forward(context.flatten(0, 1))
+        run = _Run([], [], h_words, kv if recompute in {"nothing", "feed-forward"} else None)
+        x2, y = x.flatten(0, 1), None
+        for block, words in zip(parts.blocks, _of_each(parts, kv, len(x)), strict=True):
+            x0, x2, y, trace = _forward(block, x2, y, words)
+            run.x0.append(x0)
+            run.traces.append(_reduced(trace, recompute))
+        ctx.parts, ctx.shape, ctx.others = parts, x.shape, 2 + len(parameters)
+        tensors, ctx.rebuild = _taken_apart(run)
+        ctx.save_for_backward(context, *tensors)
+        return (x2 if y is None else y.add_(x2)).view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, context, *tensors = ctx.saved_tensors
-        trace = ctx.rebuild(tensors)
-        if trace is None:
-            _, trace = _forward(ctx.parts, x, context)
+        context, *tensors = ctx.saved_tensors
+        parts, run, batch = ctx.parts, ctx.rebuild(tensors), len(context)
         needs_dx, needs_d_context, *_ = ctx.needs_input_grad
-        back = _WayBack(ctx.parts, x.flatten(0, 1), context.flatten(0, 1), len(x), trace)
-        g = join_rows([grads[0].flatten(0, 1)], ctx.parts.ff_out.tail)
-        g = back.feed_forward(g)
-        g, d_words = back.cross_attention(g, needs_d_context)
-        dx = back.self_attention(g, needs_dx)
-        given = zip((dx, d_words), (x, context), strict=True)
-        return *[None if d is None else d.view(like.shape) for d, like in given], *[
-            None
-        ] * ctx.others
+        context_rows = context.flatten(0, 1)
+        kv = parts.words.forward(context_rows)[0] if run.kv is None else run.kv
+        d_kv = torch.empty_like(kv)
+        of_blocks = zip(
+            parts.blocks,
+            *(_of_each(parts, rows, batch) for rows in (kv, d_kv)),
+            run.x0,
+            run.traces,
+            (needs_dx, *[True] * (len(parts.blocks) - 1)),
+            (0, *(block.ff_out.tail for block in parts.blocks[:-1])),
+            strict=True,
+        )
+        g = join_rows([grads[0].flatten(0, 1)], parts.blocks[-1].ff_out.tail)
+        for block, words, d_words, x0, trace, needs_g, tail in reversed(list(of_blocks)):
+            if trace is None:
+                *_, trace = _forward(block, x0, None, words)
+            back = _WayBack(block, x0, words, trace)
+            g = back.feed_forward(g)
+            g = back.cross_attention(g, d_words)
+            g = back.self_attention(g, tail, needs_g)
+        d_context, p = None, parts.words.narrow(d_kv)
+        if needs_d_context:
+            d_context, p = parts.words.backward(d_kv)
+            d_context = d_context.view(context.shape)
+        parts.words.add_gradients(d_kv, context_rows, p, run.h_words)
+        dx = None if g is None else g.view(ctx.shape)
+        return dx, d_context, *[None] * ctx.others
 
 
-def _forward(parts: BlockParts, x: Tensor, context: Tensor) -> tuple[Tensor, _Trace]:
-    batch = len(x)
-    x0 = x.flatten(0, 1)
-    n, moments1 = layer_norm(x0, parts.norms[0], parts.self_in.tail)
+def _forward(
+    parts: BlockParts, x: Tensor, y: Tensor | None, words: Tensor
+) -> tuple[Tensor, Tensor, Tensor, _Trace]:
+    """Run a block.
+
+    Args:
+        parts: of the block.
+        x: rows `[T, D]`.
+        y: what is still to be added to them; None: nothing.
+        words: keys and values of the context, `[B, S, 2·D]`.
+
+    Returns:
+        x₀; x₂, and what is still to be added to it; the trace.
+    """
+    batch = len(words)
+    if y is None:
+        x0, (n, moments1) = x, layer_norm(x, parts.norms[0], parts.self_in.tail)
+    else:
+        x0, n, moments1 = add_layer_norm(x, y, parts.norms[0], parts.self_in.tail)
     self_qkv, h_self_in = parts.self_in.forward(n)
     self_o, self_kept = _attend(*_heads(self_qkv, batch, 3, parts.heads))
     y, h_self_out = parts.self_out.forward(self_o)
     x1, n, moments2 = add_layer_norm(x0, y, parts.norms[1], parts.cross_q.tail)
     cross_q, h_cross_q = parts.cross_q.forward(n)
-    cross_kv, h_cross_kv = parts.cross_kv.forward(context.flatten(0, 1))
-    cross_o, cross_kept = _attend_words(cross_q, cross_kv, batch, parts.heads)
+    cross_o, cross_kept = _attend_words(parts, cross_q, words)
     y, h_cross_out = parts.cross_out.forward(cross_o)
     x2, n, moments3 = add_layer_norm(x1, y, parts.norms[2], parts.ff_in.tail)
     u, h_ff_in = parts.ff_in.forward(n)
     y, h_ff_out = parts.ff_out.forward(geglu(u, parts.ff_out.tail))
-    hidden = h_self_in, h_self_out, h_cross_q, h_cross_kv, h_cross_out, h_ff_in, h_ff_out
     trace = _Trace(
-        x1,
-        x2,
-        (moments1, moments2, moments3),
-        self_o,
-        self_kept,
-        cross_o,
-        cross_kept,
-        hidden,
-        self_qkv,
-        cross_q,
-        cross_kv,
-        u,
+        x1=x1,
+        x2=x2,
+        moments=(moments1, moments2, moments3),
+        self_o=self_o,
+        self_kept=self_kept,
+        cross_o=cross_o,
+        cross_kept=cross_kept,
+        hidden=(h_self_in, h_self_out, h_cross_q, h_cross_out, h_ff_in, h_ff_out),
+        self_qkv=self_qkv,
+        cross_q=cross_q,
+        u=u,
     )
-    return y.add_(x2).view(x.shape), trace
+    return x0, x2, y, trace
+
+
+def _reduced(trace: _Trace, recompute: Recompute) -> _Trace | None:
+    """What is kept of it."""
+    if recompute == "blocks":
+        return None
+    if recompute == "projections":
+        return trace._replace(u=None, self_qkv=None, cross_q=None)
+    return trace._replace(u=None) if recompute == "feed-forward" else trace
 
 
 class _WayBack:
@@ -173,15 +233,12 @@ class _WayBack:
     Args:
         parts: of the block.
         x: what went in, rows `[T, D]`.
-        words: the context, rows.
-        batch: B.
+        words: keys and values of the context, `[B, S, 2·D]`.
         trace: of the forward pass.
     """
 
-    def __init__(
-        self, parts: BlockParts, x: Tensor, words: Tensor, batch: int, trace: _Trace
-    ) -> None:
-        self.parts, self.words, self.batch, self.trace = parts, words, batch, trace
+    def __init__(self, parts: BlockParts, x: Tensor, words: Tensor, trace: _Trace) -> None:
+        self.parts, self.words, self.trace = parts, words, trace
         self.sums = x, trace.x1, trace.x2  # what the norms read
 
     def feed_forward(self, g: Tensor) -> Tensor:
@@ -199,28 +256,23 @@ class _WayBack:
         inner.add_gradients(du, n, p, h_in)
         return d_sum
 
-    def cross_attention(self, g: Tensor, needs_d_words: bool) -> tuple[Tensor, Tensor | None]:
-        """From the gradient of x2 to that of x1, with tails; and that of the context."""
+    def cross_attention(self, g: Tensor, d_words: Tensor) -> Tensor:
+        """From the gradient of x2 to that of x1, both with a tail; writes that of the words."""
         parts, trace = self.parts, self.trace
-        _, _, h_q, h_kv, h_out, _, _ = trace.hidden
-        q, kv = trace.cross_q, trace.cross_kv
+        _, _, h_q, h_out, _, _ = trace.hidden
+        q = trace.cross_q
         q = parts.cross_q.forward(self._norm(1, parts.cross_q))[0] if q is None else q
-        kv = parts.cross_kv.forward(self.words)[0] if kv is None else kv
         d_o, p = parts.cross_out.backward(g)
         parts.cross_out.add_gradients(g, trace.cross_o, p, h_out)
-        dq, dkv = _words_backward(parts, self.batch, d_o, q, kv, trace)
-        d_words, p = None, parts.cross_kv.narrow(dkv)
-        if needs_d_words:
-            d_words, p = parts.cross_kv.backward(dkv)
-        parts.cross_kv.add_gradients(dkv, self.words, p, h_kv)
+        dq = _words_backward(parts, d_o, q, self.words, d_words, trace)
         dn, p = parts.cross_q.backward(dq)
         d_sum, n = self._through_norm(1, dn, g, parts.self_out.tail)
         parts.cross_q.add_gradients(dq, n, p, h_q)
-        return d_sum, d_words
+        return d_sum
 
-    def self_attention(self, g: Tensor, needs_dx: bool) -> Tensor | None:
-        """From the gradient of x1, with a tail, to that of x, where it is needed."""
-        parts, trace, batch, heads = self.parts, self.trace, self.batch, self.parts.heads
+    def self_attention(self, g: Tensor, tail: int, needs_dx: bool) -> Tensor | None:
+        """From the gradient of x1, with a tail, to that of x with such a tail, if it is needed."""
+        parts, trace, batch, heads = self.parts, self.trace, len(self.words), self.parts.heads
         h_in, h_out, *_ = trace.hidden
         qkv = trace.self_qkv
         qkv = parts.self_in.forward(self._norm(0, parts.self_in))[0] if qkv is None else qkv
@@ -233,7 +285,7 @@ class _WayBack:
         dx = None
         if needs_dx:
             dn, p = parts.self_in.backward(d_qkv)
-            dx, n = self._through_norm(0, dn, g)
+            dx, n = self._through_norm(0, dn, g, tail)
         else:
             n, p = self._norm(0, parts.self_in), parts.self_in.narrow(d_qkv)
         parts.self_in.add_gradients(d_qkv, n, p, h_in)
@@ -243,12 +295,15 @@ class _WayBack:
         """What a projection reads, once more."""
         return layer_norm(self.sums[which], self.parts.norms[which], projection.tail)[0]
 
-    def _through_norm(
-        self, which: int, dn: Tensor, g: Tensor, tail: int = 0
-    ) -> tuple[Tensor, Tensor]:
+    def _through_norm(self, which: int, dn: Tensor, g: Tensor, tail: int) -> tuple[Tensor, Tensor]:
         """The gradient of a sum from those of its norm and of what it is added to; and the norm."""
         x, norm, moments = self.sums[which], self.parts.norms[which], self.trace.moments[which]
         return layer_norm_backward(dn, x, moments, norm, g[:, : x.shape[1]], tail)
+
+
+def _of_each(parts: StackParts, kv: Tensor, batch: int) -> list[Tensor]:
+    """Of `[B·S, n·2·D]` what belongs to each block, `[B, S, 2·D]`, views."""
+    return list(kv.unflatten(0, (batch, -1)).split(2 * parts.words.width, dim=2))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Kept]:
@@ -257,27 +312,29 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Kept]:
     return _merged(o), kept
 
 
-def _attend_words(q: Tensor, kv: Tensor, batch: int, heads: int) -> tuple[Tensor, Kept | None]:
-    """The same of queries `[B·T, D]` and the context's keys and values `[B·S, 2·D]`."""
-    queries, words = q.unflatten(0, (batch, -1)), kv.unflatten(0, (batch, -1))
+def _attend_words(parts: BlockParts, q: Tensor, words: Tensor) -> tuple[Tensor, Kept | None]:
+    """The same of queries `[T, D]` and the context's keys and values, perhaps with a tail."""
+    batch, heads = len(words), parts.heads
+    queries = q.unflatten(0, (batch, -1))
     if is_fastest(queries, words, heads):
-        return cross_attention(queries, words, heads).flatten(0, 1), None
-    return _attend(_split(q, batch, heads), *_heads(kv, batch, 2, heads))
+        return cross_attention(queries, words, heads, parts.cross_out.tail), None
+    return _attend(_split(q, batch, heads), *_heads(words.flatten(0, 1), batch, 2, heads))
 
 
 def _words_backward(  # noqa: PLR0917
-    parts: BlockParts, batch: int, d_o: Tensor, q: Tensor, kv: Tensor, trace: _Trace
-) -> tuple[Tensor, Tensor]:
-    """The gradients of q, with a tail, and of kv."""
-    heads, tail = parts.heads, parts.cross_q.tail
+    parts: BlockParts, d_o: Tensor, q: Tensor, words: Tensor, d_words: Tensor, trace: _Trace
+) -> Tensor:
+    """The gradient of q, with a tail; writes that of the words."""
+    batch, heads, tail = len(words), parts.heads, parts.cross_q.tail
     if trace.cross_kept is None:
-        queries, words, gradients = (rows.unflatten(0, (batch, -1)) for rows in (q, kv, d_o))
-        dq, dkv = cross_attention_backward(gradients, queries, words, heads, tail)
-        return dq, dkv.flatten(0, 1)
-    k, v = _heads(kv, batch, 2, heads)
+        queries, gradients = (rows.unflatten(0, (batch, -1)) for rows in (q, d_o))
+        return cross_attention_backward(gradients, queries, words, d_words, heads, tail)
+    k, v = _heads(words.flatten(0, 1), batch, 2, heads)
     q, o, d_o = (_split(rows, batch, heads) for rows in (q, trace.cross_o, d_o))
-    dq, dk, dv = sdpa_backward(d_o, q, k, v, o, trace.cross_kept)
-    return join_rows([_merged(dq)], tail), join_rows([_merged(dk), _merged(dv)])
+    dq, *d_pair = sdpa_backward(d_o, q, k, v, o, trace.cross_kept)
+    for own, found in zip(_heads(d_words.flatten(0, 1), batch, 2, heads), d_pair, strict=True):
+        own.copy_(found)
+    return join_rows([_merged(dq)], tail)
 
 
 def _heads(rows: Tensor, batch: int, count: int, heads: int) -> tuple[Tensor, ...]:
@@ -295,9 +352,9 @@ def _merged(o: Tensor) -> Tensor:
     return o.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def _taken_apart(trace: _Trace | None) -> tuple[list[Tensor | None], Any]:
-    """The tensors of a trace, which autograd keeps, and what puts them back into it."""
-    leaves, tree = tree_flatten(trace)
+def _taken_apart(run: _Run) -> tuple[list[Tensor], Any]:
+    """Its tensors, which autograd keeps, and what puts them back into it."""
+    leaves, tree = tree_flatten(run)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 

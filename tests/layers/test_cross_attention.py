@@ -321,9 +321,7 @@ def sdpa_times(
     """Microseconds of PyTorch's attention, forward and, with a forward pass taken off, backward."""
     with sdpa_kernel(backend):
         us = microseconds(lambda i: attention(*sets[i][:2], heads))
-        leaves = [
-            (q.detach().requires_grad_(), kv.detach().requires_grad_()) for q, kv, *_ in sets
-        ]
+        leaves = [(q.detach().requires_grad_(), kv.detach().requires_grad_()) for q, kv, *_ in sets]
         # both in one graph: autograd goes backward on the stream that it went forward on
         both = microseconds(
             lambda i: torch.autograd.grad(attention(*leaves[i], heads), leaves[i], sets[i][2])

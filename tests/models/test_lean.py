@@ -1,5 +1,6 @@
-"""A transformer block as one function computes what its modules do, and keeps less."""
+"""Transformer blocks as one function compute what their modules do, and keep less."""
 
+import statistics
 from collections.abc import Sequence
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from eri.layers import LoRALinear
+from eri.layers.projection import Projection
 from eri.models.blocks import BasicTransformerBlock
-from eri.models.lean import RECOMPUTE, Recompute
+from eri.models.lean import RECOMPUTE, Recompute, StackParts, transformer_blocks
 
 WIDTH, HEADS, WORDS = 16, 2, 24
 ADAPTED = {
@@ -25,12 +27,43 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+class Stack(nn.Module):
+    """Blocks one after the other, as modules or as one function."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            BasicTransformerBlock(WIDTH, HEADS, WORDS) for _ in range(count)
+        )
+        self.parts: StackParts | None = None
+        self.recompute: Recompute = "nothing"
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        if self.parts is not None:
+            return transformer_blocks(x, context, self.parts, self.recompute)
+        for block in self.blocks:
+            x = block(x, context)
+        return x
+
+    def make_lean(self, lean: bool) -> None:
+        if self.parts is not None:
+            for projection in self.parts.projections:
+                projection.release()
+        self.parts = None
+        if lean:
+            blocks = [block for block in self.blocks if isinstance(block, BasicTransformerBlock)]
+            words = [layer for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v)]
+            parts = [block.parts() for block in blocks]
+            self.parts = StackParts(parts, Projection(words, tails=False))
+
+
 def block_of(
-    adapted: Sequence[str] = ADAPTED["all"], *, dtype=torch.float64, rank: int = 3
-) -> BasicTransformerBlock:
-    block = BasicTransformerBlock(WIDTH, HEADS, WORDS).to(dtype)
+    adapted: Sequence[str] = ADAPTED["all"], *, dtype=torch.float64, rank: int = 3, count: int = 2
+) -> Stack:
+    block = Stack(count).to(dtype)
+    starts = tuple(f"blocks.{i}.{name}" for i in range(count) for name in adapted)
     for name, module in list(block.named_modules()):
-        if isinstance(module, nn.Linear) and name.startswith(tuple(adapted)) and adapted:
+        if isinstance(module, nn.Linear) and starts and name.startswith(starts):
             block.set_submodule(name, LoRALinear.from_linear(module, rank, alpha=2.0))
     for name, parameter in block.named_parameters():
         parameter.data.normal_(std=0.3)
@@ -46,9 +79,7 @@ def trained(block: nn.Module) -> list[nn.Parameter]:
     return [p for p in block.parameters() if p.requires_grad]
 
 
-def answers(
-    block: BasicTransformerBlock, x: Tensor, context: Tensor, dy: Tensor | None = None
-) -> list[Tensor]:
+def answers(block: Stack, x: Tensor, context: Tensor, dy: Tensor | None = None) -> list[Tensor]:
     """The output, the gradients of both inputs and those of the matrices."""
     x, context = x.detach().requires_grad_(), context.detach().requires_grad_()
     for parameter in trained(block):
@@ -58,15 +89,17 @@ def answers(
     return [y.detach(), x.grad, context.grad, *(p.grad.clone() for p in trained(block))]
 
 
-def lean(block: BasicTransformerBlock, recompute: Recompute = "nothing") -> None:
+def lean(block: Stack, recompute: Recompute = "nothing") -> None:
     block.make_lean(True)
     block.recompute = recompute
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("adapted", ADAPTED)
-def test_it_is_its_modules(adapted: str, recompute: Recompute) -> None:
-    block, x, context = block_of(ADAPTED[adapted]), tokens(), tokens(count=5, width=WORDS)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_it_is_its_modules(count: int, adapted: str, recompute: Recompute) -> None:
+    block = block_of(ADAPTED[adapted], count=count)
+    x, context = tokens(), tokens(count=5, width=WORDS)
     modules = answers(block, x, context)
     lean(block, recompute)
     torch.testing.assert_close(answers(block, x, context), modules, rtol=1e-9, atol=1e-12)
@@ -133,7 +166,7 @@ def test_without_gradients_it_gives_the_same_and_nothing_to_go_back() -> None:
     assert not bare(x, context).requires_grad
 
 
-def kept(block: BasicTransformerBlock, x: Tensor, context: Tensor) -> int:
+def kept(block: Stack, x: Tensor, context: Tensor) -> int:
     """How many numbers of what was computed are kept for the backward pass."""
     own = {p.untyped_storage()._cdata for p in block.parameters()}
     found = {}
@@ -148,19 +181,21 @@ def kept(block: BasicTransformerBlock, x: Tensor, context: Tensor) -> int:
     return sum(count for place, count in found.items() if place not in own)
 
 
-def test_what_is_kept() -> None:
-    block, x, context = block_of(), tokens(2, 50), tokens(2, 5, WORDS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_is_kept(count: int) -> None:
+    block, x, context = block_of(count=count), tokens(2, 50), tokens(2, 5, WORDS)
     sizes = {}
     for recompute in RECOMPUTE:
         lean(block, recompute)
         sizes[recompute] = kept(block, x, context)
     rows = 2 * 50
     narrow = rows * (8 * (3 + 1 + 1 + 1 + 1 + 1) + 3 * 2 + 2 * HEADS)  # H, moments, lse
-    words = 2 * 5 * (WORDS + 2 * WIDTH + 2 * 8)
-    assert sizes["nothing"] <= rows * WIDTH * 17 + narrow + words
-    assert sizes["feed-forward"] <= rows * WIDTH * 9 + narrow + words
-    assert sizes["projections"] <= rows * WIDTH * 5 + narrow + words
-    assert sizes["blocks"] == rows * WIDTH + 2 * 5 * WORDS
+    h_words, kv = 2 * 5 * 2 * 8, 2 * 5 * 2 * WIDTH
+    words = 2 * 5 * WORDS + count * h_words
+    assert sizes["nothing"] <= count * (rows * WIDTH * 17 + narrow + kv) + words
+    assert sizes["feed-forward"] <= count * (rows * WIDTH * 9 + narrow + kv) + words
+    assert sizes["projections"] <= count * (rows * WIDTH * 5 + narrow) + words
+    assert sizes["blocks"] == count * rows * WIDTH + words
 
 
 def test_a_second_derivative_is_refused() -> None:
@@ -177,6 +212,15 @@ def test_a_second_derivative_is_refused() -> None:
 def test_in_16_bits_it_errs_no_more_than_the_modules(
     device: torch.device, dtype: torch.dtype
 ) -> None:
+    # both round at other places, so chance decides whose error is larger in a single gradient
+    ratios = [ratio for seed in range(4) for ratio in error_ratios(device, dtype, seed)]
+    assert max(ratios) < 5
+    assert statistics.geometric_mean(ratios) <= 1.03
+
+
+def error_ratios(device: torch.device, dtype: torch.dtype, seed: int) -> list[float]:
+    """The errors of the output and of each gradient by those of the modules."""
+    torch.manual_seed(seed)
     block = block_of(dtype=dtype, rank=8).to(device)
     x = tokens(2, 64, dtype=dtype).to(device)
     context = tokens(2, 77, WORDS, dtype).to(device)
@@ -190,16 +234,13 @@ def test_in_16_bits_it_errs_no_more_than_the_modules(
         if "lora_" in name:  # both round the matrices, so that is not what is compared
             parameter.data = parameter.data.to(dtype).double()
     exact = answers(block_like(block), x.double(), context.double(), dy.double())
-    errors = [
-        [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
-        for found in (ours, theirs)
+    return [
+        float((one.double() - truth).norm() / (other.double() - truth).norm())
+        for one, other, truth in zip(ours, theirs, exact, strict=True)
     ]
-    # both round at other places, so chance decides whose error is larger in a single gradient
-    assert all(one <= 1.5 * other for one, other in zip(*errors, strict=True)), errors
-    assert sum(errors[0]) <= 1.05 * sum(errors[1])
 
 
-def block_like(block: BasicTransformerBlock) -> BasicTransformerBlock:
+def block_like(block: Stack) -> Stack:
     """The same numbers in float64, as plain modules."""
     block.make_lean(False)
     return block.double()
