@@ -369,13 +369,6 @@ def test_two_ways_of_eri_are_compared_bit_for_bit(capsys: pytest.CaptureFixture[
     assert "matrices differ" in capsys.readouterr().out
 
 
-def test_kernels_are_timed(tmp_path: Path) -> None:
-    out = tmp_path / "out.json"
-    assert bench("kernels", "--tiny", "--json", out) == 0
-    names = [one["name"].split(",")[0] for one in json.loads(out.read_text())]
-    assert names[:2] == ["copy", "eri AdamW"]
-
-
 def test_a_plot_needs_no_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

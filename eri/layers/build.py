@@ -31,7 +31,7 @@ import torch
 from eri.errors import ConfigError, DiskError, EriError, ModelError, OccupiedError
 from eri.files import cache_dir, commit_folder, disk_errors, lock, sweep_staging, verify_folder
 from eri.layers.prebuilt import LIBRARY, is_prebuilt, prebuilt_library
-from eri.layers.toolchain import Toolchain, architecture, find_toolchain
+from eri.layers.toolchain import Toolchain, architecture, code_for, find_toolchain, is_portable
 from eri.printable import printable
 
 __all__ = [
@@ -146,7 +146,10 @@ def ready_library(capability: tuple[int, int]) -> Path | str | None:
     Raises:
         DiskError: the cache cannot be used, or is somebody else's.
     """
-    return built_library(capability) or prebuilt_library(capability, source_hash())
+    found = built_library(capability)
+    if found is not None or is_portable():  # a wheel's are not
+        return found
+    return prebuilt_library(capability, source_hash())
 
 
 def _built_or_new(capability: tuple[int, int], say: Say, unfit: str | None) -> Path | str:
@@ -286,7 +289,7 @@ def compile_library(
         folder: gets the objects, the build file, what the compilers said (`LOG`) and the library.
             Libraries of PyTorch's that lie there are linked if PyTorch itself lacks them.
         toolchain: the programs.
-        cards: what nvcc calls each, as `90a`; `120+PTX` adds intermediate code for later ones.
+        cards: as `eri.layers.toolchain.code_for` reads them.
         options: more of them for nvcc, which change nothing in the library.
 
     Returns:
@@ -331,7 +334,7 @@ def _build_file(
     include = home / "include"
     renamed = [f"-ffile-prefix-map={place}={place.name}" for place in (include, SOURCES)]
     cxx = [toolchain.cxx, *CXX_FLAGS, *renamed, f"-I{include}"]  # no path of ours in messages
-    nvcc = [toolchain.nvcc, "-ccbin", toolchain.cxx, *map(_code_for, cards)]
+    nvcc = [toolchain.nvcc, "-ccbin", toolchain.cxx, *map(code_for, cards)]
     runtime = Path(toolchain.nvcc).resolve().parents[1] / "lib"  # in packages; else lib64
     found = [f"-L{runtime}"] if (runtime / "libcudart_static.a").is_file() else []
     link = [*nvcc, *LINK_FLAGS, *found]
@@ -347,13 +350,6 @@ def _build_file(
         lines.append(f"build {objects[-1]}: {source.suffix[1:]} {_escaped(str(source), ' :')}")
     lines.append(f"build {LIBRARY}: library {' '.join(objects)}")
     return "\n".join(lines) + "\n"
-
-
-def _code_for(card: str) -> str:
-    """`90a`: machine code; `120+PTX`: intermediate code, too, for the cards that come after it."""
-    number, _, ptx = card.partition("+")
-    code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
-    return f"-gencode=arch=compute_{number},code={code}"
 
 
 def _command(words: list[str]) -> str:

@@ -1,4 +1,10 @@
-"""The programs that build the CUDA kernels: where they are, and what is missing or does not fit."""
+"""The programs that build the CUDA kernels: where they are, and what is missing or does not fit.
+
+The kernels take what their card can do, such as clusters of blocks on Hopper. With the environment
+variable `ERI_KERNELS=portable` they are compiled as for the oldest card instead, into machine code
+of the one that is there: what all others run is then tested and timed on this one, as in
+`ERI_KERNELS=portable pytest -m gpu tests/layers`. It is read here alone.
+"""
 
 import os
 import re
@@ -10,10 +16,24 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Lack", "Toolchain", "architecture", "cuda_version", "find_toolchain", "version_of"]
+from eri.errors import ConfigError
+from eri.printable import printable
+
+__all__ = [
+    "Lack",
+    "Toolchain",
+    "architecture",
+    "code_for",
+    "cuda_version",
+    "find_toolchain",
+    "is_portable",
+    "version_of",
+]
 
 CUDA_FOLDERS = ("/usr/local/cuda", "/opt/cuda")
 PACKAGES = Path(torch.__file__).parents[1]  # where those of the package index are installed
+VARIABLE, PORTABLE = "ERI_KERNELS", "portable"
+OLDEST = "80"  # card with kernels
 SECONDS = 30  # that a program may take to say its version
 
 
@@ -37,10 +57,45 @@ class Toolchain:
     ninja: str
 
 
+def is_portable() -> bool:
+    """Whether `ERI_KERNELS` asks for kernels that take nothing of their card alone.
+
+    Raises:
+        ConfigError: it asks for something else.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted not in {"", PORTABLE}:
+        raise ConfigError(
+            f"{printable(wanted)!r} are no kernels",
+            where=VARIABLE,
+            hint=f"set it to {PORTABLE}, or not at all",
+        )
+    return wanted == PORTABLE
+
+
 def architecture(capability: tuple[int, int]) -> str:
-    """What nvcc calls a card: 9.0 -> `90a`, which has Hopper's own instructions; 8.6 -> `86`."""
+    """What kernels for a card are compiled for, as `code_for` reads it.
+
+    9.0 -> `90a`, which has Hopper's own instructions, or `90-portable`; 8.6 -> `86`.
+    """
     number = "{}{}".format(*capability)
+    if is_portable():
+        return f"{number}-{PORTABLE}"
     return f"{number}a" if number == "90" else number
+
+
+def code_for(card: str) -> str:
+    """The option of nvcc's that compiles for a card.
+
+    `90a` is machine code; `120+PTX` intermediate code, too, for the cards that come after it;
+    `90-portable` machine code of instructions that the oldest card has as well.
+    """
+    number, _, ptx = card.partition("+")
+    number, _, portable = number.partition("-")
+    if portable:
+        return f"-gencode=arch=compute_{OLDEST},code=sm_{number}"
+    code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
+    return f"-gencode=arch=compute_{number},code={code}"
 
 
 def cuda_version(nvcc: str) -> str | None:

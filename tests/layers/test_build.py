@@ -76,6 +76,19 @@ def test_what_is_compiled_and_how(tools: Callable[..., Path], sources: Path) -> 
     assert "torch_python" not in linked and "c10" not in linked
 
 
+def test_portable_kernels_are_others(
+    tools: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tools()
+    own = library(HOPPER)
+    monkeypatch.setenv("ERI_KERNELS", "portable")
+    assert built_library(HOPPER) is None
+    portable = library(HOPPER)
+    assert own != portable == built_library(HOPPER)
+    assert portable.parent.name.startswith("sm_90-portable-")
+    assert "-gencode=arch=compute_80,code=sm_90 " in (folder / "log").read_text()
+
+
 def test_the_runtime_of_the_package_index_is_found(
     tools: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -80,6 +80,12 @@ def test_it_is_used_without_a_compiler(wheel: Wheel) -> None:
     assert is_prebuilt(found)
 
 
+def test_it_is_not_portable(wheel: Wheel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ERI_KERNELS", "portable")
+    assert ready_library(HOPPER) is None
+    assert library(HOPPER) == "no CUDA compiler; install one"
+
+
 def test_what_was_built_here_comes_first(
     wheel: Wheel, tools: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ namespace {
 constexpr int kSlab = 64;                   // columns of a warp
 constexpr int kSteps = 16;                  // tokens of a stage of the ring
 constexpr int kWideBytes = kSteps * 2 * kSlab;  // of a stage
+constexpr int kClusters = 90;               // from this __CUDA_ARCH__ / 10 on there are some
 constexpr int kRow = kSlab + 4;             // sums of a rank in shared memory, fewer bank conflicts
 
 struct Product {  // small^T wide, for each group of columns of `wide`
@@ -299,18 +300,22 @@ cudaError_t launch_tiles(Gradient a, int splits, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel, a);
 }
 
-// Where clusters can be had, as many blocks as there are processors, but no warp of one stage.
+// As many blocks as there are processors, but no warp of one stage; where the kernel was compiled
+// without clusters, no more than there are shares, whatever the card could do.
 template <typename Scalar, int kRanks, int kWarps, int kStages>
 cudaError_t launch_ranks(const Gradient& a, cudaStream_t stream) {
-  int device = 0, processors = 0, capability = 0;
+  int device = 0, processors = 0;
+  cudaFuncAttributes compiled = {};
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device);
+  const cudaError_t error =
+      cudaFuncGetAttributes(&compiled, gradient_kernel<Scalar, kRanks, kWarps, kStages>);
+  if (error != cudaSuccess) return error;
   Gradient shared = a;
   const int blocks = share_out(shared, kSlab, 16 * kRanks);
   const int steps = (a.tokens + kSteps * kWarps - 1) / (kSteps * kWarps);
   int splits = 1;
-  while (capability >= 9 && splits < 8 && 4 * splits <= steps &&
+  while (compiled.ptxVersion >= kClusters && splits < 8 && 4 * splits <= steps &&
          2 * splits * blocks <= processors) {
     splits *= 2;
   }
