@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["frozen_conv"]
+__all__ = ["conv_input_gradient", "frozen_conv"]
 
 
 def frozen_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -45,13 +45,32 @@ class _FrozenConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (weight,) = ctx.saved_tensors
-        # the gradient of x needs the shape of x alone, but would copy it into the weight's layout
-        x = grads[0]
+        like = grads[0]
         pixels = weight.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if pixels else torch.contiguous_format
-        if x.shape != ctx.shape or not x.is_contiguous(memory_format=layout):
-            x = torch.empty(ctx.shape, dtype=x.dtype, device=x.device, memory_format=layout)
-        dx = torch.ops.aten.convolution_backward(
-            grads[0], x, weight, None, *ctx.settings, (True, False, False)
-        )[0]
+        if like.shape != ctx.shape or not like.is_contiguous(memory_format=layout):
+            like = torch.empty(
+                ctx.shape, dtype=like.dtype, device=like.device, memory_format=layout
+            )
+        dx = _input_gradient(grads[0], like, weight, ctx.settings)
         return dx, None, None, None, None, None, None
+
+
+def conv_input_gradient(dy: Tensor, like: Tensor, conv: nn.Conv2d) -> Tensor:
+    """The gradient of a convolution's input.
+
+    Args:
+        dy: of its output, `[B, N, H', W']`.
+        like: a map that is laid out as the weight is and has the shape of the input; what it holds
+            is not read. Laid out otherwise it would be copied.
+        conv: pads with zeros.
+    """
+    settings = (conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups)
+    return _input_gradient(dy, like, conv.weight, settings)
+
+
+def _input_gradient(dy: Tensor, like: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> Tensor:
+    # PyTorch asks for the input itself, of which this gradient needs the shape alone
+    return torch.ops.aten.convolution_backward(
+        dy, like, weight, None, *settings, (True, False, False)
+    )[0]

@@ -10,11 +10,16 @@ dx = \rho\,(g - \mathrm{mean}(g) - \hat x\,\mathrm{mean}(g\,\hat x))$$
 
 with $\hat x = (x - \mu)\,\rho$ and means over the group. γ and β are frozen: they get no gradient.
 
+Numbers for each channel of each sample may be added to x before, such as the bias of the
+convolution that made x and a time embedding. They are frozen, too. A map may be added to dx: the
+gradient that reaches x on another way.
+
 Fused are, forward, the statistics (one kernel) and everything after them (another): x is read
 twice, the second time from the L2 cache as far as it fits, and a written once; backward da and x
-are read twice and dx written. Variances are sums of squares of deviations, never differences of
-large numbers, so a mean of 100 standard deviations costs 16-bit results nothing; all sums have one
-order, so equal inputs give equal bits.
+are read twice and dx written. What is added to x takes no pass over a map, for it moves means
+alone; what is added to dx is read once. Variances are sums of squares of deviations, never
+differences of large numbers, so a mean of 100 standard deviations costs 16-bit results nothing; all
+sums have one order, so equal inputs give equal bits.
 
 Source: Wu, He, "Group Normalization", arXiv 1803.08494; Elfwing et al., arXiv 1702.03118.
 
@@ -32,14 +37,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.library import Library
 
 from eri.layers.backend import use_kernel
-from eri.layers.vectors import VECTOR, aligned, type_name, unsupported_type
+from eri.layers.vectors import VECTOR, aligned, aligned_rows, type_name, unsupported_type
 
 __all__ = [
     "group_norm_silu",
+    "group_norm_silu_backward",
     "group_norm_silu_backward_reference",
+    "group_norm_silu_forward",
     "group_norm_silu_reference",
     "unsupported",
 ]
@@ -50,10 +58,16 @@ MOST_ELEMENTS = 2**31
 
 
 def group_norm_silu_reference(  # noqa: PLR0917 - the signature of the op
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `group_norm_silu` is, in PyTorch's own operations; with mean and ρ `[B, groups, 2]`."""
-    y, mean, rstd = _normalise(x, weight, bias, groups, eps)
+    y, mean, rstd = _normalise(_sum(x, added), weight, bias, groups, eps)
     y = F.silu(y, inplace=True) if silu else y
     mean_rstd = torch.stack((mean, rstd), dim=-1).to(_statistics_dtype(x))
     return y.contiguous(memory_format=_layout(x)), mean_rstd
@@ -67,28 +81,41 @@ def group_norm_silu_backward_reference(  # noqa: PLR0917 - the signature of the 
     bias: Tensor | None,
     groups: int,
     silu: bool,
+    added: Tensor | None = None,
+    plus: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of x, in PyTorch's own operations."""
+    """The gradient of x, and what is added to it, in PyTorch's own operations."""
     n, c, h, w = x.shape
-    dense, dy = x.contiguous(), dy.contiguous()
+    dense, dy = _sum(x, added), dy.contiguous()
     if silu:
         y = _normalise_with(dense, mean_rstd, weight, bias)
-        dy = torch.ops.aten.silu_backward(dy.to(y.dtype), y).to(x.dtype)
+        torch.ops.aten.silu_backward.grad_input(dy.to(y.dtype), y, grad_input=y)
+        dy = y.to(x.dtype)
+        del y
     dtype = x.dtype if weight is None else weight.dtype
     # PyTorch reads them as if they were contiguous, and does not check
     mean, rstd = (row.to(dtype).contiguous() for row in mean_rstd.unbind(-1))
     dx = torch.ops.aten.native_group_norm_backward(
         dy, dense, mean, rstd, weight, n, c, h * w, groups, [True, False, False]
     )[0]
-    return dx.contiguous(memory_format=_layout(x))
+    dx = dx.contiguous(memory_format=_layout(x))
+    return dx if plus is None else dx.add_(plus)
+
+
+def _sum(x: Tensor, added: Tensor | None) -> Tensor:
+    """A map and what is added to each channel of a sample, laid out channel by channel."""
+    if added is None:
+        return x.contiguous()
+    row = added[:, :, None, None]
+    return (x + row).to(x.dtype) if x.is_contiguous() else x.contiguous().add_(row)
 
 
 def _normalise(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The normalised map, laid out channel by channel, and mean and ρ `[B, groups]`."""
+    """The normalised map, laid out channel by channel as x is, and mean and ρ `[B, groups]`."""
     n, c, h, w = x.shape
-    return torch.native_group_norm(x.contiguous(), weight, bias, n, c, h * w, groups, eps)
+    return torch.native_group_norm(x, weight, bias, n, c, h * w, groups, eps)
 
 
 def _normalise_with(
@@ -97,9 +124,9 @@ def _normalise_with(
     """The normalised map from known statistics and in their type."""
     groups = x.to(mean_rstd.dtype).unflatten(1, (mean_rstd.shape[1], -1))
     mean, rstd = (row[:, :, None, None, None] for row in mean_rstd.unbind(-1))
-    y = ((groups - mean) * rstd).flatten(1, 2)
-    y = y if weight is None else y * weight[:, None, None]
-    return y if bias is None else y + bias[:, None, None]
+    y = (groups - mean).mul_(rstd).flatten(1, 2)
+    y = y if weight is None else y.mul_(weight[:, None, None])
+    return y if bias is None else y.add_(bias[:, None, None])
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -113,7 +140,13 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int) -> str | None:
+def unsupported(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    added: Tensor | None = None,
+) -> str | None:
     """Why the kernels cannot take these arguments, in words; None where they can."""
     if x.dim() != 4 or not x.numel():
         return f"x is {list(x.shape)}, not a map [B, C, H, W] with elements"
@@ -124,6 +157,8 @@ def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: i
             return f"there is no {name}"
         if row.dtype != x.dtype:
             return f"{name} is {type_name(row.dtype)}, x is {type_name(x.dtype)}"
+    if added is not None and added.dtype != x.dtype:
+        return f"what is added is {type_name(added.dtype)}, x is {type_name(x.dtype)}"
     return _unsupported_layout(x) or _unsupported_size(x, groups)
 
 
@@ -147,13 +182,13 @@ def _unsupported_size(x: Tensor, groups: int) -> str | None:
 
 LIBRARY = Library("eri", "FRAGMENT")
 LIBRARY.define(
-    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu) "
-    "-> (Tensor, Tensor)",
+    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu, "
+    "Tensor? added=None) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
     "group_norm_silu_backward(Tensor dy, Tensor x, Tensor mean_rstd, Tensor weight, Tensor bias, "
-    "int groups, bool silu) -> Tensor",
+    "int groups, bool silu, Tensor? added=None, Tensor? plus=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl(LIBRARY, "group_norm_silu", "CPU")(group_norm_silu_reference)
@@ -162,7 +197,13 @@ torch.library.impl(LIBRARY, "group_norm_silu_backward", "CPU")(group_norm_silu_b
 
 @torch.library.register_fake("eri::group_norm_silu", lib=LIBRARY)
 def _fake(  # noqa: PLR0917 - the signature of the op
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     mean_rstd = x.new_empty((x.shape[0], groups, 2), dtype=_statistics_dtype(x))
     return torch.empty_like(x, memory_format=_layout(x)), mean_rstd
@@ -174,22 +215,22 @@ def _backward_fake(dy: Tensor, x: Tensor, *others: object) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, ctx.groups, _, ctx.silu = inputs
+    x, weight, bias, ctx.groups, _, ctx.silu, added = inputs
+    if added is not None and added.requires_grad:
+        raise ValueError("group_norm_silu: what is added is frozen, and this requires a gradient")
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, output[1], weight, bias)
+    ctx.save_for_backward(x, output[1], weight, bias, added)
 
 
+@once_differentiable
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    dy, (x, mean_rstd, weight, bias) = grads[0], ctx.saved_tensors
-    if dy is None:
-        return None, None, None, None, None, None
-    statistics = (mean_rstd, weight, bias, ctx.groups, ctx.silu)
-    if use_kernel("group_norm_silu", x.device, lambda: unsupported(x, weight, bias, ctx.groups)):
-        dx = torch.ops.eri.group_norm_silu_backward(_dense(dy), _dense(x), *statistics)
-    else:
-        dx = group_norm_silu_backward_reference(dy, x, *statistics)
-    return dx, None, None, None, None, None
+    dx = None
+    if grads[0] is not None:
+        x, mean_rstd, weight, bias, added = ctx.saved_tensors
+        settings = (weight, bias, ctx.groups, ctx.silu)
+        dx = _gradient(grads[0], x, mean_rstd, *settings, added, None)
+    return dx, None, None, None, None, None, None
 
 
 torch.library.register_autograd("eri::group_norm_silu", _backward, setup_context=_keep, lib=LIBRARY)
@@ -200,7 +241,7 @@ class _Reference(torch.autograd.Function):
 
     forward = staticmethod(group_norm_silu_reference)
     setup_context = staticmethod(_keep)
-    backward = staticmethod(_backward)
+    backward = staticmethod(_backward)  # pyright: ignore[reportAssignmentType]
 
 
 def group_norm_silu(x: Tensor, norm: nn.GroupNorm, *, silu: bool = True) -> Tensor:
@@ -217,7 +258,80 @@ def group_norm_silu(x: Tensor, norm: nn.GroupNorm, *, silu: bool = True) -> Tens
     arguments = (norm.weight, norm.bias, norm.num_groups)
     if use_kernel("group_norm_silu", x.device, lambda: unsupported(x, *arguments)):
         return torch.ops.eri.group_norm_silu(_dense(x), *arguments, norm.eps, silu)[0]
-    return _Reference.apply(x, *arguments, norm.eps, silu)[0]
+    return _Reference.apply(x, *arguments, norm.eps, silu, None)[0]
+
+
+def group_norm_silu_forward(
+    x: Tensor, norm: nn.GroupNorm, added: Tensor | None = None, *, silu: bool = True
+) -> tuple[Tensor, Tensor]:
+    """What `group_norm_silu` gives, without a graph, and what its backward pass needs beside x.
+
+    Args:
+        x: the map `[B, C, H, W]`.
+        norm: whose groups, eps and frozen weights are used.
+        added: to each pixel of x before, `[B, C]`; rows may be one and the same.
+        silu: whether SiLU follows.
+
+    Returns:
+        The map, laid out as x is, and mean and ρ `[B, groups, 2]` of what was normalised.
+
+    Raises:
+        ConfigError: the backend is `cuda` and the kernel cannot be used.
+    """
+    arguments = (norm.weight, norm.bias, norm.num_groups)
+    if use_kernel("group_norm_silu", x.device, lambda: unsupported(x, *arguments, added)):
+        rows = None if added is None else aligned_rows(added)
+        return torch.ops.eri.group_norm_silu(_dense(x), *arguments, norm.eps, silu, rows)
+    return group_norm_silu_reference(x, *arguments, norm.eps, silu, added)
+
+
+def group_norm_silu_backward(  # noqa: PLR0917 - the signature of the op
+    dy: Tensor,
+    x: Tensor,
+    mean_rstd: Tensor,
+    norm: nn.GroupNorm,
+    added: Tensor | None = None,
+    plus: Tensor | None = None,
+    *,
+    silu: bool = True,
+) -> Tensor:
+    """The gradient of x, laid out as x is.
+
+    Args:
+        dy: of what `group_norm_silu_forward` gave.
+        x: what went into it.
+        mean_rstd: what it gave beside.
+        norm: the same.
+        added: the same.
+        plus: a map that is added to the gradient.
+        silu: the same.
+
+    Raises:
+        ConfigError: the backend is `cuda` and the kernel cannot be used.
+    """
+    settings = (norm.weight, norm.bias, norm.num_groups, silu)
+    return _gradient(dy, x, mean_rstd, *settings, added, plus)
+
+
+def _gradient(  # noqa: PLR0917 - the signature of the op
+    dy: Tensor,
+    x: Tensor,
+    mean_rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    silu: bool,
+    added: Tensor | None,
+    plus: Tensor | None,
+) -> Tensor:
+    """The gradient of x by the kernel, where it can, or by the reference."""
+    others = (mean_rstd, weight, bias, groups, silu)
+    if use_kernel("group_norm_silu", x.device, lambda: unsupported(x, weight, bias, groups, added)):
+        rows = None if added is None else aligned_rows(added)
+        plus = None if plus is None else _dense(plus)
+        maps = _dense(dy), _dense(x)
+        return torch.ops.eri.group_norm_silu_backward(*maps, *others, rows, plus)
+    return group_norm_silu_backward_reference(dy, x, *others, added, plus)
 
 
 def _dense(x: Tensor) -> Tensor:

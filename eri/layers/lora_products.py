@@ -26,6 +26,8 @@ side by side; less than 2³⁰ rows.
 Measured with `pytest -s -m gpu tests/layers/test_lora_products.py -k bandwidth`.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.library import Library
@@ -36,6 +38,7 @@ from eri.layers.vectors import VECTOR, type_name, unsupported_type
 __all__ = [
     "MOST_RANKS",
     "PADDING",
+    "Narrow",
     "lora_down",
     "lora_down_reference",
     "lora_gradient",
@@ -45,6 +48,14 @@ __all__ = [
 
 PADDING = 8  # of a layer's rank
 MOST_RANKS = 4096  # of all layers side by side, padded
+
+
+class Narrow(NamedTuple):
+    """What `lora_down` multiplies rows with."""
+
+    down: Tensor
+    groups: int
+    scale: float
 
 
 def lora_down_reference(rows: Tensor, down: Tensor, groups: int, scale: float) -> Tensor:

@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from eri.layers.lora import LoRALayer, MatrixCopy, base_of
 from eri.layers.lora_copies import LoRACopies
-from eri.layers.lora_products import lora_down, lora_gradient
+from eri.layers.lora_products import Narrow, lora_down, lora_gradient
 
 __all__ = ["Projection", "project", "side_by_side"]
 
@@ -124,7 +124,8 @@ class Projection:
         """What of the adapters has to be where, for the products to be right."""
         for place, layer in self._updates():
             # detached: a graph that copies hold would tie a later backward pass to this stream
-            a, b = (matrix.weight.detach().flatten(1) for matrix in _pair(layer))
+            a = layer.lora_a.weight.detach().flatten(1)
+            b = layer.lora_b.weight.detach().flatten(1)
             row, first = place * self.width, place * self.rank
             below = self.matrix[self.count * self.width + first :, : self.inputs]
             beside = self.matrix[row : row + self.width, self.inputs + first :]
@@ -133,24 +134,43 @@ class Projection:
             if self.tail:
                 yield MatrixCopy(b, beside[:, : layer.rank])
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """y `[T, ΣN]` and H `[T, n·r]` of x `[T, K + tail]`, whose tail is filled, or `[T, K]`."""
+    def of_input(self) -> Narrow | None:
+        """What makes H of x; None where no layer has an update."""
         if not self._is_adapted():
+            return None
+        return Narrow(self.matrix[self.count * self.width :, : self.inputs], 1, self._scale())
+
+    def of_gradient(self) -> Narrow | None:
+        """What makes P of dy."""
+        return Narrow(self.up, self.count, self._scale()) if self._is_adapted() else None
+
+    def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Run the layers.
+
+        Args:
+            x: `[T, K]`, or with a tail, which is filled unless H is there.
+            h: H `[T, n·r]`, if whoever made x made it, too, and filled the tail.
+
+        Returns:
+            y `[T, ΣN]`, and H.
+        """
+        narrow = self.of_input()
+        if narrow is None:
             return F.linear(x[:, : self.inputs], self.weight, self.bias), None
-        outputs = self.count * self.width
-        h = lora_down(x, self.matrix[outputs:, : self.inputs], 1, self._scale())
+        h, outputs = lora_down(x, *narrow) if h is None else h, self.count * self.width
         if x.shape[1] > self.inputs:
             return F.linear(x, self.matrix[:outputs], self.bias), h
         return self._add_updates(F.linear(x, self.weight, self.bias), h), h
 
     def narrow(self, dy: Tensor) -> Tensor | None:
         """P `[T, n·r]` of dy `[T, ΣN + tail]`, whose tail is filled, or `[T, ΣN]`."""
-        return lora_down(dy, self.up, self.count, self._scale()) if self._is_adapted() else None
+        narrow = self.of_gradient()
+        return None if narrow is None else lora_down(dy, *narrow)
 
-    def backward(self, dy: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The gradient of x, and P; see `narrow`."""
+    def backward(self, dy: Tensor, p: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The gradient of x, and P, which is made of dy unless whoever made that did; `narrow`."""
         outputs = self.count * self.width
-        p = self.narrow(dy)
+        p = self.narrow(dy) if p is None else p
         if p is None:
             return dy[:, :outputs] @ self.weight, None
         if dy.shape[1] > outputs:

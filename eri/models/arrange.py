@@ -2,11 +2,12 @@
 
 Maps lie pixel by pixel (`channels_last`), as tensor cores read them and as tokens lie. And the net
 either runs as plain modules, of which autograd keeps what it likes, or *lean*: the transformer
-blocks of a map as one function (`eri.models.lean`), resnets by `group_norm_silu` and `frozen_conv`.
-These keep the inputs of norms, the queries, keys, values and results of attentions, and what goes
-into gates, and compute the rest again on the way. In units of tokens times width that is 17 for a
-transformer block. `Recompute` goes on from there. The weights of lean blocks' linear layers lie
-where products read them, see `eri.layers.projection`; the modules have views of them.
+blocks of a map as one function (`eri.models.lean`), and each resnet as one
+(`eri.models.lean_resnet`). These keep the inputs of norms, the queries, keys, values and results of
+attentions, and what goes into gates, and compute the rest again on the way. In units of tokens
+times width that is 17 for a transformer block. `Recompute` goes on from there. The weights of lean
+blocks' linear layers lie where products read them, see `eri.layers.projection`; the modules have
+views of them.
 
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
 """

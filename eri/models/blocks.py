@@ -21,10 +21,10 @@ from eri.layers import (
     LoRAAttention,
     MultiHeadAttention,
 )
-from eri.layers.frozen_conv import frozen_conv
 from eri.layers.group_norm_silu import group_norm_silu
 from eri.layers.projection import Projection, project
 from eri.models.lean import BlockParts, Recompute, StackParts, transformer_blocks
+from eri.models.lean_resnet import ResNetParts, resnet_block
 
 __all__ = [
     "MLP",
@@ -79,20 +79,20 @@ class ResNetBlock(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """Map `x` `[B, C, H, W]` and `temb` `[B, E]` to `[B, C', H, W]`."""
-        h = self._convolve(x, self.norm1, self.conv1)
-        if self.time_proj is not None:
-            if temb is None:
-                raise ValueError("ResNetBlock was built with a time embedding: pass temb [B, E]")
-            h = h + self.time_proj(F.silu(temb))[:, :, None, None]
-        h = self._convolve(h, self.norm2, self.conv2)
-        if self.shortcut is not None:
-            x = frozen_conv(x, self.shortcut) if self.lean else self.shortcut(x)
-        return h + x
-
-    def _convolve(self, x: Tensor, norm: GroupNorm, conv: Conv2d) -> Tensor:
+        if self.time_proj is not None and temb is None:
+            raise ValueError("ResNetBlock was built with a time embedding: pass temb [B, E]")
         if self.lean:
-            return frozen_conv(group_norm_silu(x, norm), conv)
-        return conv(F.silu(norm(x)))
+            return resnet_block(x, temb, self._parts())
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time_proj is not None and temb is not None:
+            h = h + self.time_proj(F.silu(temb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.shortcut is None else self.shortcut(x))
+
+    def _parts(self) -> ResNetParts:
+        return ResNetParts(
+            self.norm1, self.conv1, self.time_proj, self.norm2, self.conv2, self.shortcut
+        )
 
 
 class GEGLUFeedForward(nn.Module):

@@ -7,9 +7,9 @@ r"""Transformer blocks as one function, which keeps little and fuses what lies b
 Kept for the backward pass of a block are x₀, x₁ and x₂, the projections q, k, v and what the heads
 gave, what goes into the gate, and the narrow H of each projection: 17 times tokens times width.
 Norms and gates are computed again on the way. A norm adds the residual before it, that of the
-block before included, and on the way back the gradient of the residual; and what norms and gates
-write has a tail for the low-rank update of the projection that reads it next, see
-`eri.layers.projection`. The context is projected once for all blocks.
+block before included, and on the way back the gradient of the residual; and norms and gates make,
+of what they write, the narrow product of the projection that reads it next and leave it in a tail,
+see `eri.layers.projection` and `eri.layers.narrow`. The context is projected once for all blocks.
 
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
 """
@@ -24,9 +24,15 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from eri.layers.cross_attention import cross_attention, cross_attention_backward, is_fastest
-from eri.layers.geglu import geglu, geglu_backward
 from eri.layers.join_rows import join_rows
-from eri.layers.layer_norm import add_layer_norm, layer_norm, layer_norm_backward
+from eri.layers.layer_norm import layer_norm
+from eri.layers.lora_products import Narrow
+from eri.layers.narrow import (
+    add_layer_norm_narrow,
+    geglu_backward_narrow,
+    geglu_narrow,
+    layer_norm_backward_narrow,
+)
 from eri.layers.projection import Projection
 from eri.layers.sdpa import Kept, sdpa, sdpa_backward
 
@@ -149,27 +155,31 @@ class _Blocks(torch.autograd.Function):
         d_kv = torch.empty_like(kv)
         of_blocks = zip(
             parts.blocks,
+            (None, *parts.blocks[:-1]),
             *(_of_each(parts, rows, batch) for rows in (kv, d_kv)),
             run.x0,
             run.traces,
-            (needs_dx, *[True] * (len(parts.blocks) - 1)),
-            (0, *(block.ff_out.tail for block in parts.blocks[:-1])),
             strict=True,
         )
-        g = join_rows([grads[0].flatten(0, 1)], parts.blocks[-1].ff_out.tail)
-        for block, words, d_words, x0, trace, needs_g, tail in reversed(list(of_blocks)):
+        g, p = join_rows([grads[0].flatten(0, 1)], parts.blocks[-1].ff_out.tail), None
+        dx = None
+        for block, before, words, d_words, x0, trace in reversed(list(of_blocks)):
             if trace is None:
                 *_, trace = _forward(block, x0, None, words)
             back = _WayBack(block, x0, words, trace)
-            g = back.feed_forward(g)
-            g = back.cross_attention(g, d_words)
-            g = back.self_attention(g, tail, needs_g)
+            g, p = back.feed_forward(g, p)
+            g, p = back.cross_attention(g, p, d_words)
+            if before is not None:
+                g, p = back.self_attention(g, p, before.ff_out.of_gradient())
+            elif needs_dx:
+                dx = back.self_attention(g, p, None)[0].view(ctx.shape)
+            else:
+                back.end_self_attention(g, p)
         d_context, p = None, parts.words.narrow(d_kv)
         if needs_d_context:
             d_context, p = parts.words.backward(d_kv)
             d_context = d_context.view(context.shape)
         parts.words.add_gradients(d_kv, context_rows, p, run.h_words)
-        dx = None if g is None else g.view(ctx.shape)
         return dx, d_context, *[None] * ctx.others
 
 
@@ -189,19 +199,19 @@ def _forward(
     """
     batch = len(words)
     if y is None:
-        x0, (n, moments1) = x, layer_norm(x, parts.norms[0], parts.self_in.tail)
+        x0, (n, moments1), h = x, layer_norm(x, parts.norms[0], parts.self_in.tail), None
     else:
-        x0, n, moments1 = add_layer_norm(x, y, parts.norms[0], parts.self_in.tail)
-    self_qkv, h_self_in = parts.self_in.forward(n)
+        x0, n, moments1, h = add_layer_norm_narrow(x, y, parts.norms[0], parts.self_in.of_input())
+    self_qkv, h_self_in = parts.self_in.forward(n, h)
     self_o, self_kept = _attend(*_heads(self_qkv, batch, 3, parts.heads))
     y, h_self_out = parts.self_out.forward(self_o)
-    x1, n, moments2 = add_layer_norm(x0, y, parts.norms[1], parts.cross_q.tail)
-    cross_q, h_cross_q = parts.cross_q.forward(n)
+    x1, n, moments2, h = add_layer_norm_narrow(x0, y, parts.norms[1], parts.cross_q.of_input())
+    cross_q, h_cross_q = parts.cross_q.forward(n, h)
     cross_o, cross_kept = _attend_words(parts, cross_q, words)
     y, h_cross_out = parts.cross_out.forward(cross_o)
-    x2, n, moments3 = add_layer_norm(x1, y, parts.norms[2], parts.ff_in.tail)
-    u, h_ff_in = parts.ff_in.forward(n)
-    y, h_ff_out = parts.ff_out.forward(geglu(u, parts.ff_out.tail))
+    x2, n, moments3, h = add_layer_norm_narrow(x1, y, parts.norms[2], parts.ff_in.of_input())
+    u, h_ff_in = parts.ff_in.forward(n, h)
+    y, h_ff_out = parts.ff_out.forward(*geglu_narrow(u, parts.ff_out.of_input()))
     trace = _Trace(
         x1=x1,
         x2=x2,
@@ -241,64 +251,77 @@ class _WayBack:
         self.parts, self.words, self.trace = parts, words, trace
         self.sums = x, trace.x1, trace.x2  # what the norms read
 
-    def feed_forward(self, g: Tensor) -> Tensor:
-        """From the gradient of y to that of x2, both with a tail."""
+    def feed_forward(self, g: Tensor, p: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """From the gradient of y to that of x2, both with a tail; P of each, if it is there."""
         inner, outer = self.parts.ff_in, self.parts.ff_out
         *_, h_in, h_out = self.trace.hidden
         u = inner.forward(self._norm(2, inner))[0] if self.trace.u is None else self.trace.u
-        da, p_out = outer.backward(g)
-        du, a = geglu_backward(da, u, inner.tail)
+        da, p_out = outer.backward(g, p)
+        du, a, p_in = geglu_backward_narrow(da, u, inner.of_gradient())
         del u, da
         outer.add_gradients(g, a, p_out, h_out)
         del a
-        dn, p = inner.backward(du)
-        d_sum, n = self._through_norm(2, dn, g, self.parts.cross_out.tail)
-        inner.add_gradients(du, n, p, h_in)
-        return d_sum
+        dn, p_in = inner.backward(du, p_in)
+        d_sum, n, p = self._through_norm(2, dn, g, self.parts.cross_out.of_gradient())
+        inner.add_gradients(du, n, p_in, h_in)
+        return d_sum, p
 
-    def cross_attention(self, g: Tensor, d_words: Tensor) -> Tensor:
-        """From the gradient of x2 to that of x1, both with a tail; writes that of the words."""
+    def cross_attention(
+        self, g: Tensor, p: Tensor | None, d_words: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """From the gradient of x2 to that of x1, likewise; writes that of the words."""
         parts, trace = self.parts, self.trace
         _, _, h_q, h_out, _, _ = trace.hidden
         q = trace.cross_q
         q = parts.cross_q.forward(self._norm(1, parts.cross_q))[0] if q is None else q
-        d_o, p = parts.cross_out.backward(g)
+        d_o, p = parts.cross_out.backward(g, p)
         parts.cross_out.add_gradients(g, trace.cross_o, p, h_out)
         dq = _words_backward(parts, d_o, q, self.words, d_words, trace)
-        dn, p = parts.cross_q.backward(dq)
-        d_sum, n = self._through_norm(1, dn, g, parts.self_out.tail)
-        parts.cross_q.add_gradients(dq, n, p, h_q)
-        return d_sum
+        dn, p_q = parts.cross_q.backward(dq)
+        d_sum, n, p = self._through_norm(1, dn, g, parts.self_out.of_gradient())
+        parts.cross_q.add_gradients(dq, n, p_q, h_q)
+        return d_sum, p
 
-    def self_attention(self, g: Tensor, tail: int, needs_dx: bool) -> Tensor | None:
-        """From the gradient of x1, with a tail, to that of x with such a tail, if it is needed."""
+    def self_attention(
+        self, g: Tensor, p: Tensor | None, narrow: Narrow | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """From the gradient of x1 to that of x, with the tail of a narrow product; and that."""
+        parts = self.parts
+        d_qkv = self._through_attention(g, p)
+        dn, p_in = parts.self_in.backward(d_qkv)
+        d_sum, n, p = self._through_norm(0, dn, g, narrow)
+        parts.self_in.add_gradients(d_qkv, n, p_in, self.trace.hidden[0])
+        return d_sum, p
+
+    def end_self_attention(self, g: Tensor, p: Tensor | None) -> None:
+        """The same where nobody needs the gradient of x."""
+        parts = self.parts
+        d_qkv = self._through_attention(g, p)
+        n, p_in = self._norm(0, parts.self_in), parts.self_in.narrow(d_qkv)
+        parts.self_in.add_gradients(d_qkv, n, p_in, self.trace.hidden[0])
+
+    def _through_attention(self, g: Tensor, p: Tensor | None) -> Tensor:
+        """The gradient of queries, keys and values, with a tail."""
         parts, trace, batch, heads = self.parts, self.trace, len(self.words), self.parts.heads
-        h_in, h_out, *_ = trace.hidden
         qkv = trace.self_qkv
         qkv = parts.self_in.forward(self._norm(0, parts.self_in))[0] if qkv is None else qkv
-        d_o, p = parts.self_out.backward(g)
-        parts.self_out.add_gradients(g, trace.self_o, p, h_out)
+        d_o, p = parts.self_out.backward(g, p)
+        parts.self_out.add_gradients(g, trace.self_o, p, trace.hidden[1])
         q, k, v = _heads(qkv, batch, 3, heads)
         o, d_o = _split(trace.self_o, batch, heads), _split(d_o, batch, heads)
         d_heads = sdpa_backward(d_o, q, k, v, o, trace.self_kept)
-        d_qkv = join_rows([*map(_merged, d_heads)], parts.self_in.tail)
-        dx = None
-        if needs_dx:
-            dn, p = parts.self_in.backward(d_qkv)
-            dx, n = self._through_norm(0, dn, g, tail)
-        else:
-            n, p = self._norm(0, parts.self_in), parts.self_in.narrow(d_qkv)
-        parts.self_in.add_gradients(d_qkv, n, p, h_in)
-        return dx
+        return join_rows([*map(_merged, d_heads)], parts.self_in.tail)
 
     def _norm(self, which: int, projection: Projection) -> Tensor:
         """What a projection reads, once more."""
         return layer_norm(self.sums[which], self.parts.norms[which], projection.tail)[0]
 
-    def _through_norm(self, which: int, dn: Tensor, g: Tensor, tail: int) -> tuple[Tensor, Tensor]:
-        """The gradient of a sum from those of its norm and of what it is added to; and the norm."""
+    def _through_norm(
+        self, which: int, dn: Tensor, g: Tensor, narrow: Narrow | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The gradient of a sum from those of its norm and of what it is added to; the norm; P."""
         x, norm, moments = self.sums[which], self.parts.norms[which], self.trace.moments[which]
-        return layer_norm_backward(dn, x, moments, norm, g[:, : x.shape[1]], tail)
+        return layer_norm_backward_narrow(dn, x, moments, norm, g[:, : x.shape[1]], narrow)
 
 
 def _of_each(parts: StackParts, kv: Tensor, batch: int) -> list[Tensor]:

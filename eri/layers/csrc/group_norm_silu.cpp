@@ -3,8 +3,8 @@
 
 #include "group_norm_silu.h"
 
-#include <array>
 #include <numeric>
+#include <optional>
 #include <tuple>
 
 #include "op.h"
@@ -14,33 +14,16 @@ namespace {
 
 const Op op = {"group_norm_silu"};
 
-// Pixel by pixel, without gaps; strides of dimensions of size 1 say nothing.
-bool is_channels_last(const Tensor& map) {
-  const int64_t c = map.size(1), h = map.size(2), w = map.size(3);
-  const std::array<int64_t, 4> strides = {h * w * c, 1, w * c, c};
-  for (int64_t i = 0; i < 4; ++i) {
-    if (map.size(i) != 1 && map.stride(i) != strides[i]) return false;
-  }
-  return true;
-}
-
-void check_map(const char* name, const Tensor& map, const Tensor& x) {
-  op.check_kind(name, map, x.get_device_index(), x.scalar_type());
-  STD_TORCH_CHECK(map.dim() == 4 && is_channels_last(map), "group_norm_silu: ", name,
-                  " is not [B, C, H, W] in channels_last");
-  op.check_aligned(name, map);
-}
-
 void check_row(const char* name, const Tensor& row, const Tensor& x) {
   op.check_kind(name, row, x.get_device_index(), x.scalar_type());
   STD_TORCH_CHECK(row.dim() == 1 && row.size(0) == x.size(1) && row.is_contiguous(),
                   "group_norm_silu: ", name, " is not [C], contiguous");
 }
 
-// All that follows from the input; the other tensors are left to the caller.
+// All that follows from what both passes read; the other tensors are left to the caller.
 GroupNormArguments arguments_of(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                int64_t groups, bool silu) {
-  check_map("x", x, x);
+                                int64_t groups, bool silu, const std::optional<Tensor>& added) {
+  op.check_map("x", x, x);
   check_row("weight", weight, x);
   check_row("bias", bias, x);
   GroupNormArguments arguments = {};
@@ -63,6 +46,11 @@ GroupNormArguments arguments_of(const Tensor& x, const Tensor& weight, const Ten
   STD_TORCH_CHECK(arguments.samples <= kGroupNormSamples &&
                       arguments.pixels * channels < kGroupNormSample,
                   "group_norm_silu: x is too large");
+  if (added) {
+    op.check_kind("added", *added, x.get_device_index(), x.scalar_type());
+    arguments.added_stride = op.check_rows("added", *added, arguments.samples, channels);
+    arguments.added = added->const_data_ptr();
+  }
   return arguments;
 }
 
@@ -72,8 +60,8 @@ Tensor workspace_of(const GroupNormArguments& arguments, const Tensor& x) {
 
 std::tuple<Tensor, Tensor> group_norm_silu(const Tensor& x, const Tensor& weight,
                                            const Tensor& bias, int64_t groups, double eps,
-                                           bool silu) {
-  GroupNormArguments arguments = arguments_of(x, weight, bias, groups, silu);
+                                           bool silu, const std::optional<Tensor>& added) {
+  GroupNormArguments arguments = arguments_of(x, weight, bias, groups, silu, added);
   const DeviceGuard guard(x.get_device_index());
   Tensor y = torch::stable::empty_like(x);
   Tensor mean_rstd = torch::stable::new_empty(x, {x.size(0), groups, 2}, ScalarType::Float);
@@ -88,12 +76,14 @@ std::tuple<Tensor, Tensor> group_norm_silu(const Tensor& x, const Tensor& weight
 
 Tensor group_norm_silu_backward(const Tensor& dy, const Tensor& x, const Tensor& mean_rstd,
                                 const Tensor& weight, const Tensor& bias, int64_t groups,
-                                bool silu) {
-  GroupNormArguments arguments = arguments_of(x, weight, bias, groups, silu);
-  check_map("dy", dy, x);
-  STD_TORCH_CHECK(dy.size(0) == x.size(0) && dy.size(1) == x.size(1) && dy.size(2) == x.size(2) &&
-                      dy.size(3) == x.size(3),
-                  "group_norm_silu: dy is not of the shape of x");
+                                bool silu, const std::optional<Tensor>& added,
+                                const std::optional<Tensor>& plus) {
+  GroupNormArguments arguments = arguments_of(x, weight, bias, groups, silu, added);
+  op.check_map("dy", dy, x);
+  if (plus) {
+    op.check_map("plus", *plus, x);
+    arguments.plus = plus->const_data_ptr();
+  }
   op.check_kind("mean_rstd", mean_rstd, x.get_device_index(), ScalarType::Float);
   op.check_dense("mean_rstd", mean_rstd, 2 * x.size(0) * groups);
   const DeviceGuard guard(x.get_device_index());

@@ -7,10 +7,11 @@ namespace {
 
 // Leaves mean and sum of squared deviations of each group of the tile. Deviations are from the
 // first pixel that a thread meets and then from the tile's mean, so that nothing cancels however
-// large the mean is.
+// large the mean is. What is added to a channel moves its mean and none of its deviations.
 template <typename Scalar>
 __global__ void __launch_bounds__(kThreads, 2)
-    moments_kernel(const uint4* __restrict__ x, float2* __restrict__ partials, Tiling t) {
+    moments_kernel(const uint4* __restrict__ x, Rows<const uint4> added,
+                   float2* __restrict__ partials, Tiling t) {
   constexpr int kSize = Vector<Scalar>::kSize, kUnroll = 4;
   __shared__ float means[kSize * kStride], squares[kSize * kStride];
   const Place p = place<Scalar>(t);
@@ -19,6 +20,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (p.row < p.end) {
     float shift[kSize], sum[kSize] = {}, square[kSize] = {};
     const Vector<Scalar> start = load<Scalar>(from + p.row);
+    const uint4* row = added[blockIdx.z];
+    const Vector<Scalar> constant =
+        row ? load<Scalar>(row + blockIdx.y * t.vectors + p.column) : zeros<Scalar>();
 #pragma unroll
     for (int quad = 0; quad < Vector<Scalar>::kQuads; ++quad) {
       float numbers[4];
@@ -50,9 +54,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (; at < p.end; at += p.step) add(load<Scalar>(from + at));
     const float share = 1.0f / static_cast<float>((at - p.row) / p.step);  // 1 / its pixels
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      means[i * kStride + threadIdx.x] = fmaf(sum[i], share, shift[i]);
-      squares[i * kStride + threadIdx.x] = fmaf(-sum[i] * share, sum[i], square[i]);
+    for (int quad = 0; quad < Vector<Scalar>::kQuads; ++quad) {
+      float numbers[4];
+      unpack(constant, quad, numbers);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int i = 4 * quad + k;
+        means[i * kStride + threadIdx.x] = fmaf(sum[i], share, shift[i] + numbers[k]);
+        squares[i * kStride + threadIdx.x] = fmaf(-sum[i] * share, sum[i], square[i]);
+      }
     }
   }
   __syncthreads();
@@ -116,9 +126,10 @@ __device__ __forceinline__ void finish_moments(const float2* partials, const Til
 
 template <typename Scalar, bool kSilu>
 __global__ void __launch_bounds__(kThreads, 2)
-    normalise_kernel(const uint4* __restrict__ x, const Scalar* __restrict__ weight,
-                     const Scalar* __restrict__ bias, const float2* __restrict__ partials,
-                     uint4* __restrict__ y, float2* __restrict__ mean_rstd, float eps, Tiling t) {
+    normalise_kernel(const uint4* __restrict__ x, Rows<const uint4> added,
+                     const Scalar* __restrict__ weight, const Scalar* __restrict__ bias,
+                     const float2* __restrict__ partials, uint4* __restrict__ y,
+                     float2* __restrict__ mean_rstd, float eps, Tiling t) {
   constexpr int kSize = Vector<Scalar>::kSize, kUnroll = 4;
   __shared__ alignas(16) float numbers[kTableSize<Scalar, 2>];
   __shared__ float2 moments[kGroups];
@@ -140,8 +151,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int first_channel = blockIdx.y * t.vectors * kSize;
 #pragma unroll 1
   for (int channel = threadIdx.x; channel < t.vectors * kSize; channel += blockDim.x) {
-    set_affine(table, channel, moments[channel / t.width],
-               static_cast<float>(weight[first_channel + channel]),
+    const float2 of_group = moments[channel / t.width];
+    set_affine(table, channel, added_to<Scalar>(added, first_channel + channel) - of_group.x,
+               of_group.y, static_cast<float>(weight[first_channel + channel]),
                static_cast<float>(bias[first_channel + channel]));
   }
   if (blockIdx.x == 0) {
@@ -194,10 +206,11 @@ const char* launch_group_norm(const GroupNormArguments& a, void* stream_handle) 
   const uint4* x = static_cast<const uint4*>(a.x);
   float2* partials = reinterpret_cast<float2*>(a.workspace);
   return with_types(a, [&]<typename Scalar, bool kSilu>() {
-    moments_kernel<Scalar><<<grid, threads, 0, stream>>>(x, partials, t);
+    const Rows<const uint4> added = rows_of<Scalar>(a.added, a.added_stride);
+    moments_kernel<Scalar><<<grid, threads, 0, stream>>>(x, added, partials, t);
     normalise_kernel<Scalar, kSilu><<<grid, threads, 0, stream>>>(
-        x, static_cast<const Scalar*>(a.weight), static_cast<const Scalar*>(a.bias), partials,
-        static_cast<uint4*>(a.result), reinterpret_cast<float2*>(a.mean_rstd),
+        x, added, static_cast<const Scalar*>(a.weight), static_cast<const Scalar*>(a.bias),
+        partials, static_cast<uint4*>(a.result), reinterpret_cast<float2*>(a.mean_rstd),
         static_cast<float>(a.eps), t);
   });
 }

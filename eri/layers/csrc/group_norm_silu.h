@@ -17,10 +17,13 @@ struct GroupNormArguments {
   const void* dy;        // the same; null in the forward pass
   const void* weight;    // [channels]
   const void* bias;      // [channels]
+  const void* added;     // [samples, channels]: is added to x first; null adds nothing
+  const void* plus;      // like x: is added to dx; null adds nothing
   void* result;          // y or dx, like x
   float* mean_rstd;      // [samples, groups, 2]; written by the forward pass
   float* workspace;      // group_norm_workspace() numbers
-  FloatType type;        // of x, dy, weight, bias and the result
+  FloatType type;        // of all that is not a float
+  int64_t added_stride;  // elements from a sample's row of `added` to the next
   int64_t samples;       //
   int64_t pixels;        // of a sample
   int64_t channels;      // a multiple of `groups` and of the numbers in 16 bytes

@@ -17,7 +17,7 @@ __device__ __forceinline__ float through_silu(float gradient, float y) {
 // before SiLU and x' the normalised input: gamma x' is y - beta.
 template <typename Scalar, bool kSilu>
 __global__ void __launch_bounds__(kThreads, 2)
-    sums_kernel(const uint4* __restrict__ dy, const uint4* __restrict__ x,
+    sums_kernel(const uint4* __restrict__ dy, const uint4* __restrict__ x, Rows<const uint4> added,
                 const float2* __restrict__ mean_rstd, const Scalar* __restrict__ weight,
                 const Scalar* __restrict__ bias, float2* __restrict__ partials, Tiling t) {
   constexpr int kSize = Vector<Scalar>::kSize, kUnroll = 2;
@@ -31,8 +31,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 #pragma unroll 1
   for (int channel = threadIdx.x; channel < t.vectors * kSize; channel += blockDim.x) {
-    set_affine(table, channel, mean_rstd[first_group + channel / t.width],
-               static_cast<float>(weight[first_channel + channel]),
+    const float2 moments = mean_rstd[first_group + channel / t.width];
+    set_affine(table, channel, added_to<Scalar>(added, first_channel + channel) - moments.x,
+               moments.y, static_cast<float>(weight[first_channel + channel]),
                static_cast<float>(bias[first_channel + channel]));
   }
   __syncthreads();
@@ -96,7 +97,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// dx = slope g + line x + constant: `line` and `constant` of each group from the sums of its tiles.
+// dx = slope g + line (x + added - mean) + constant: `line` and `constant` of each group from the
+// sums of its tiles.
 __device__ __forceinline__ void finish_sums(const float2* partials, const float2* mean_rstd,
                                             const Tiling& t, float2* lines) {
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
@@ -118,26 +120,26 @@ __device__ __forceinline__ void finish_sums(const float2* partials, const float2
       if (lane == 0 && group < t.slab_groups) {
         const float2 moments = mean_rstd[first_group + group];
         const float share = moments.y / (static_cast<float>(t.pixels) * t.width);
-        const float line = -share * moments.y * second;
-        lines[group] = make_float2(line, fmaf(-line, moments.x, -share * first));
+        lines[group] = make_float2(-share * moments.y * second, -share * first);
       }
     }
   }
 }
 
-template <typename Scalar, bool kSilu>
+template <typename Scalar, bool kSilu, bool kPlus>
 __global__ void __launch_bounds__(kThreads, 2)
     gradient_kernel(const uint4* __restrict__ dy, const uint4* __restrict__ x,
+                    Rows<const uint4> added, const uint4* __restrict__ plus,
                     const float2* __restrict__ mean_rstd, const Scalar* __restrict__ weight,
                     const Scalar* __restrict__ bias, const float2* __restrict__ partials,
                     uint4* __restrict__ dx, Tiling t) {
-  constexpr int kSize = Vector<Scalar>::kSize, kUnroll = 2;
+  constexpr int kSize = Vector<Scalar>::kSize, kUnroll = kPlus ? 1 : 2;  // as registers allow
   __shared__ alignas(16) float numbers[kTableSize<Scalar, 4>];
   __shared__ float2 lines[kGroups];
   const Table<Scalar> table = {numbers, t.vectors};
   const Place p = place<Scalar>(t);
 
-  Vector<Scalar> gradients[kUnroll], inputs[kUnroll];
+  Vector<Scalar> gradients[kUnroll], inputs[kUnroll], others[kUnroll];
   const auto fetch = [&](int at) {
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k) {
@@ -145,6 +147,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (back < p.end) {
         gradients[k] = load_last<Scalar>(dy + p.last - back);
         inputs[k] = load_last<Scalar>(x + p.last - back);
+        if (kPlus) others[k] = load_last<Scalar>(plus + p.last - back);
       }
     }
   };
@@ -157,11 +160,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll 1
   for (int channel = threadIdx.x; channel < t.vectors * kSize; channel += blockDim.x) {
     const int group = channel / t.width;
-    set_affine(table, channel, mean_rstd[first_group + group],
+    const float2 moments = mean_rstd[first_group + group];
+    const float nearer = added_to<Scalar>(added, first_channel + channel) - moments.x;
+    set_affine(table, channel, nearer, moments.y,
                static_cast<float>(weight[first_channel + channel]),
                static_cast<float>(bias[first_channel + channel]));
     table.set(2, channel, lines[group].x);
-    table.set(3, channel, lines[group].y);
+    table.set(3, channel, fmaf(lines[group].x, nearer, lines[group].y));
   }
   __syncthreads();
 
@@ -176,13 +181,15 @@ __global__ void __launch_bounds__(kThreads, 2)
       table.get(3, quad, p.column, constant);
 #pragma unroll
       for (int k = 0; k < kUnroll; ++k) {
-        float g[4], out[4];
+        float g[4], out[4], more[4];
         unpack(gradients[k], quad, g);
         unpack(inputs[k], quad, out);
+        if (kPlus) unpack(others[k], quad, more);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           g[i] = through_silu<Scalar, kSilu>(g[i], fmaf(slope[i], out[i], offset[i]));
           out[i] = fmaf(slope[i], g[i], fmaf(line[i], out[i], constant[i]));
+          if (kPlus) out[i] += more[i];
         }
         pack(inputs[k], quad, out);
       }
@@ -205,15 +212,19 @@ const char* launch_group_norm_backward(const GroupNormArguments& a, void* stream
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
   const uint4* x = static_cast<const uint4*>(a.x);
   const uint4* dy = static_cast<const uint4*>(a.dy);
+  const uint4* plus = static_cast<const uint4*>(a.plus);
   const float2* mean_rstd = reinterpret_cast<const float2*>(a.mean_rstd);
   float2* partials = reinterpret_cast<float2*>(a.workspace);
   return with_types(a, [&]<typename Scalar, bool kSilu>() {
     const Scalar* weight = static_cast<const Scalar*>(a.weight);
     const Scalar* bias = static_cast<const Scalar*>(a.bias);
+    const Rows<const uint4> added = rows_of<Scalar>(a.added, a.added_stride);
     sums_kernel<Scalar, kSilu>
-        <<<grid, threads, 0, stream>>>(dy, x, mean_rstd, weight, bias, partials, t);
-    gradient_kernel<Scalar, kSilu><<<grid, threads, 0, stream>>>(
-        dy, x, mean_rstd, weight, bias, partials, static_cast<uint4*>(a.result), t);
+        <<<grid, threads, 0, stream>>>(dy, x, added, mean_rstd, weight, bias, partials, t);
+    const auto kernel =
+        plus ? gradient_kernel<Scalar, kSilu, true> : gradient_kernel<Scalar, kSilu, false>;
+    kernel<<<grid, threads, 0, stream>>>(dy, x, added, plus, mean_rstd, weight, bias, partials,
+                                         static_cast<uint4*>(a.result), t);
   });
 }
 

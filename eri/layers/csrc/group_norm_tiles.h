@@ -112,13 +112,20 @@ struct Table {
 template <typename Scalar, int kFactors>
 constexpr int kTableSize = kFactors * kVectors * Vector<Scalar>::kSize;
 
-// y = slope * x + offset
+// What the sample of a block has added to each of its pixels: the number of a channel.
 template <typename Scalar>
-__device__ __forceinline__ void set_affine(const Table<Scalar>& table, int channel, float2 moments,
-                                           float weight, float bias) {
-  const float slope = weight * moments.y;
+__device__ __forceinline__ float added_to(Rows<const uint4> added, int channel) {
+  const uint4* row = added[blockIdx.z];
+  return row ? static_cast<float>(reinterpret_cast<const Scalar*>(row)[channel]) : 0.0f;
+}
+
+// y = slope * x + offset, where `nearer` is what lies between x and the mean: added - mean.
+template <typename Scalar>
+__device__ __forceinline__ void set_affine(const Table<Scalar>& table, int channel, float nearer,
+                                           float rstd, float weight, float bias) {
+  const float slope = weight * rstd;
   table.set(0, channel, slope);
-  table.set(1, channel, fmaf(-moments.x, slope, bias));
+  table.set(1, channel, fmaf(nearer, slope, bias));
 }
 
 // --------------------------------------------------------------------- numbers of a block's groups

@@ -28,4 +28,15 @@ const char* with_type(FloatType type, Launch launch) {
   return launch_error();
 }
 
+// The same for 16 bits alone.
+template <typename Launch>
+const char* with_half_type(FloatType type, Launch launch) {
+  if (type == FloatType::kHalf) {
+    launch.template operator()<__half>();
+  } else {
+    launch.template operator()<__nv_bfloat16>();
+  }
+  return launch_error();
+}
+
 }  // namespace eri

@@ -1,11 +1,13 @@
-// Checks of `eri::layer_norm`, `eri::add_layer_norm` and `eri::layer_norm_backward` and their CUDA
-// implementation; the schemas are in eri/layers/layer_norm.py.
+// Checks of `eri::layer_norm`, `eri::add_layer_norm` and `eri::layer_norm_backward`, the last two
+// with a narrow product, too, and their CUDA implementation; the schemas are in
+// eri/layers/layer_norm.py and eri/layers/narrow.py.
 
 #include "layer_norm.h"
 
 #include <optional>
 #include <tuple>
 
+#include "narrow_binding.h"
 #include "op.h"
 
 namespace eri {
@@ -74,25 +76,48 @@ std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, con
   return forward(arguments, x, bias, eps, tail);
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& added,
-                                                  const Tensor& weight, const Tensor& bias,
+std::tuple<Tensor, Tensor, Tensor> forward_of_sum(LayerNormArguments& arguments, const Tensor& x,
+                                                  const Tensor& added, const Tensor& bias,
                                                   double eps, int64_t tail) {
-  LayerNormArguments arguments = arguments_of(x, weight, tail);
   arguments.added_stride = check_like_x("added", added, x, arguments);
   arguments.added = added.const_data_ptr();
-  const DeviceGuard guard(x.get_device_index());
   Tensor sum = torch::stable::new_empty(x, {arguments.rows, arguments.width});
   arguments.sum = sum.mutable_data_ptr();
   auto [n, mean_rstd] = forward(arguments, x, bias, eps, tail);
   return {sum, n, mean_rstd};
 }
 
-std::tuple<Tensor, Tensor> layer_norm_backward(const Tensor& dn, const Tensor& x,
-                                               const Tensor& mean_rstd, const Tensor& weight,
-                                               const Tensor& bias,
-                                               const std::optional<Tensor>& residual,
-                                               int64_t tail) {
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& added,
+                                                  const Tensor& weight, const Tensor& bias,
+                                                  double eps, int64_t tail) {
   LayerNormArguments arguments = arguments_of(x, weight, tail);
+  const DeviceGuard guard(x.get_device_index());
+  return forward_of_sum(arguments, x, added, bias, eps, tail);
+}
+
+// The same for a norm that a narrow product is made of; H.
+Tensor narrow_of(LayerNormArguments& arguments, const Tensor& x, const Tensor& down,
+                 double scale) {
+  const int64_t most = vector_size(arguments.type) * kLayerNormNarrowVectors;
+  STD_TORCH_CHECK(arguments.width <= most, "layer_norm: x has rows of ", arguments.width,
+                  " elements, expected at most ", most, " with a narrow product");
+  return check_narrow(op, arguments.narrow, down, scale, arguments.rows, arguments.width, x);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_narrow(
+    const Tensor& x, const Tensor& added, const Tensor& weight, const Tensor& bias, double eps,
+    const Tensor& down, double scale) {
+  LayerNormArguments arguments = arguments_of(x, weight, 0);
+  const DeviceGuard guard(x.get_device_index());
+  Tensor h = narrow_of(arguments, x, down, scale);
+  auto [sum, n, mean_rstd] =
+      forward_of_sum(arguments, x, added, bias, eps, arguments.narrow.ranks);
+  return {sum, n, mean_rstd, h};
+}
+
+std::tuple<Tensor, Tensor> backward(LayerNormArguments& arguments, const Tensor& dn,
+                                    const Tensor& x, const Tensor& mean_rstd, const Tensor& bias,
+                                    const std::optional<Tensor>& residual, int64_t tail) {
   arguments.bias = check_row("bias", bias, x);
   arguments.dn_stride = check_like_x("dn", dn, x, arguments);
   arguments.dn = dn.const_data_ptr();
@@ -102,7 +127,6 @@ std::tuple<Tensor, Tensor> layer_norm_backward(const Tensor& dn, const Tensor& x
     arguments.residual_stride = check_like_x("residual", *residual, x, arguments);
     arguments.residual = residual->const_data_ptr();
   }
-  const DeviceGuard guard(x.get_device_index());
   Tensor dx = result_of(arguments, x, tail);
   Tensor n = torch::stable::new_empty(x, {arguments.rows, arguments.width});
   arguments.again = n.mutable_data_ptr();
@@ -112,6 +136,27 @@ std::tuple<Tensor, Tensor> layer_norm_backward(const Tensor& dn, const Tensor& x
   return {dx, n};
 }
 
+std::tuple<Tensor, Tensor> layer_norm_backward(const Tensor& dn, const Tensor& x,
+                                               const Tensor& mean_rstd, const Tensor& weight,
+                                               const Tensor& bias,
+                                               const std::optional<Tensor>& residual,
+                                               int64_t tail) {
+  LayerNormArguments arguments = arguments_of(x, weight, tail);
+  const DeviceGuard guard(x.get_device_index());
+  return backward(arguments, dn, x, mean_rstd, bias, residual, tail);
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_narrow(
+    const Tensor& dn, const Tensor& x, const Tensor& mean_rstd, const Tensor& weight,
+    const Tensor& bias, const Tensor& residual, const Tensor& down, double scale) {
+  LayerNormArguments arguments = arguments_of(x, weight, 0);
+  const DeviceGuard guard(x.get_device_index());
+  Tensor h = narrow_of(arguments, x, down, scale);
+  auto [dx, n] =
+      backward(arguments, dn, x, mean_rstd, bias, residual, arguments.narrow.ranks);
+  return {dx, n, h};
+}
+
 }  // namespace
 }  // namespace eri
 
@@ -119,4 +164,6 @@ STABLE_TORCH_LIBRARY_IMPL(eri, CUDA, m) {
   m.impl("layer_norm", TORCH_BOX(&eri::layer_norm));
   m.impl("add_layer_norm", TORCH_BOX(&eri::add_layer_norm));
   m.impl("layer_norm_backward", TORCH_BOX(&eri::layer_norm_backward));
+  m.impl("add_layer_norm_narrow", TORCH_BOX(&eri::add_layer_norm_narrow));
+  m.impl("layer_norm_backward_narrow", TORCH_BOX(&eri::layer_norm_backward_narrow));
 }

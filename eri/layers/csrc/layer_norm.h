@@ -4,11 +4,13 @@
 #include <cstdint>
 
 #include "float_type.h"
+#include "narrow_arguments.h"
 
 namespace eri {
 
 // Of a row, in vectors of 16 bytes: what the lanes of a warp can hold.
 constexpr int64_t kLayerNormVectors = 320;
+constexpr int64_t kLayerNormNarrowVectors = 160;  // with a narrow product
 
 // Rows begin `stride` elements after each other; strides are multiples of 16 bytes, and all memory
 // begins at one.
@@ -32,10 +34,12 @@ struct LayerNormArguments {
   int64_t residual_stride;  //
   int64_t result_stride;    //
   double eps;               // added to the variance
+  NarrowArguments narrow;   // of the result, which then is of a sum or has a residual
 };
 
 // Each queues one kernel on a cudaStream_t; returns null, or what CUDA says is wrong.
 const char* launch_layer_norm(const LayerNormArguments& arguments, void* stream);
 const char* launch_layer_norm_backward(const LayerNormArguments& arguments, void* stream);
+const char* launch_layer_norm_narrow(const LayerNormArguments& arguments, void* stream);  // either
 
 }  // namespace eri

@@ -11,6 +11,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <cstdint>
 
 #include "float_type.h"
@@ -20,6 +21,16 @@ namespace eri {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
+
+// Of a map [B, C, H, W]: pixel by pixel, without gaps; strides of dimensions of size 1 say nothing.
+inline bool is_channels_last(const Tensor& map) {
+  const int64_t c = map.size(1), h = map.size(2), w = map.size(3);
+  const std::array<int64_t, 4> strides = {h * w * c, 1, w * c, c};
+  for (int64_t i = 0; i < 4; ++i) {
+    if (map.size(i) != 1 && map.stride(i) != strides[i]) return false;
+  }
+  return true;
+}
 
 struct Op {
   const char* name;  // with which every message begins
@@ -72,6 +83,18 @@ struct Op {
                     tensor, " has no rows at one stride, a multiple of 16 bytes");
     check_aligned(tensor, found);
     return stride;
+  }
+
+  // A map [B, C, H, W] of the kind and shape of another, pixel by pixel without gaps, aligned.
+  void check_map(const char* tensor, const Tensor& found, const Tensor& like) const {
+    check_kind(tensor, found, like.get_device_index(), like.scalar_type());
+    STD_TORCH_CHECK(found.dim() == 4 && is_channels_last(found), name, ": ", tensor,
+                    " is not [B, C, H, W] in channels_last");
+    for (int64_t i = 0; i < 4; ++i) {
+      STD_TORCH_CHECK(found.size(i) == like.size(i), name, ": ", tensor, " has ", found.size(i),
+                      " elements in dimension ", i, ", expected ", like.size(i));
+    }
+    check_aligned(tensor, found);
   }
 
   // Behind each row of a result: left as memory had it.
