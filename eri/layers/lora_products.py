@@ -10,11 +10,11 @@ over `[x | H]` with `[W | B]` gives y, and one over `[dy | P]` with `[W; A]` dx.
 adds ΔA and ΔB in float32 straight onto the parameters' gradients.
 
 Fused are: in the first, all groups of columns and both copies; in the second, both products of all
-layers, the sum over parts of T, and the addition. Each is one launch. `lora_down` reads its rows
-once for up to 48 ranks of a group: 2 T K bytes in 16 bits. `lora_gradient` reads dy once for every
-16 ranks of a layer and x once for every 16 ranks of all, 32 if a layer has more: 2 T (n N + n K)
-bytes at rank 16, most of the second from the cache. Sums are float32 and in an order that depends
-on shapes and card alone, so that equal inputs give equal bits.
+layers, the sum over parts of T, and the addition. Each is one launch, which takes up to four of the
+second. `lora_down` reads its rows once for up to 48 ranks of a group: 2 T K bytes in 16 bits.
+`lora_gradient` reads dy once for every 16 ranks of a layer and x once for every 16 ranks of all, 32
+if a layer has more: 2 T (n N + n K) bytes at rank 16, most of the second from the cache. Sums are
+float32 and in an order that depends on shapes and card alone, so that equal inputs give equal bits.
 
 Source: Hu et al., "LoRA", arXiv 2106.09685; adding onto gradients: Shoeybi et al., "Megatron-LM",
 arXiv 1909.08053.
@@ -26,28 +26,32 @@ side by side; less than 2³⁰ rows.
 Measured with `pytest -s -m gpu tests/layers/test_lora_products.py -k bandwidth`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import Library
 
-from eri.layers.backend import use_kernel
+from eri.layers.backend import kernels_ready, use_kernel
 from eri.layers.vectors import VECTOR, type_name, unsupported_type
 
 __all__ = [
     "MOST_RANKS",
     "PADDING",
+    "Gradient",
     "Narrow",
     "lora_down",
     "lora_down_reference",
     "lora_gradient",
     "lora_gradient_reference",
+    "lora_gradients",
     "unsupported",
 ]
 
 PADDING = 8  # of a layer's rank
 MOST_RANKS = 4096  # of all layers side by side, padded
+MOST_GRADIENTS = 4  # of one launch
 
 
 class Narrow(NamedTuple):
@@ -56,6 +60,17 @@ class Narrow(NamedTuple):
     down: Tensor
     groups: int
     scale: float
+
+
+class Gradient(NamedTuple):
+    """What `lora_gradient` takes."""
+
+    dy: Tensor
+    x: Tensor
+    p: Tensor
+    h: Tensor
+    d_down: Tensor
+    d_up: Tensor
 
 
 def lora_down_reference(rows: Tensor, down: Tensor, groups: int, scale: float) -> Tensor:
@@ -145,8 +160,24 @@ LIBRARY.define(
     " -> ()",
     tags=TAGS,
 )
+LIBRARY.define(
+    "lora_gradients(Tensor[] dy, Tensor[] x, Tensor[] p, Tensor[] h, Tensor(a!)[] d_down,"
+    " Tensor(b!)[] d_up) -> ()",
+    tags=TAGS,
+)
 torch.library.impl(LIBRARY, "lora_down", "CPU")(lora_down_reference)
 torch.library.impl(LIBRARY, "lora_gradient", "CPU")(lora_gradient_reference)
+
+
+@torch.library.impl(LIBRARY, "lora_gradients", "CPU")
+def _lora_gradients_on_cpu(*lists: list[Tensor]) -> None:
+    for one in zip(*lists, strict=True):
+        lora_gradient_reference(*one)
+
+
+@torch.library.register_fake("eri::lora_gradients", lib=LIBRARY)
+def _lora_gradients_fake(*lists: list[Tensor]) -> None:
+    return None
 
 
 @torch.library.register_fake("eri::lora_down", lib=LIBRARY)
@@ -199,10 +230,34 @@ def lora_gradient(  # noqa: PLR0917 - the signature of the op
     Raises:
         ConfigError: the backend is `cuda` and the kernel cannot be used.
     """
-    ranks, totals = p.shape[1] // len(d_up), {"d_down": d_down, "d_up": d_up}
-    if use_kernel(
-        "lora_gradient", dy.device, lambda: unsupported(ranks, totals, dy=dy, x=x, p=p, h=h)
-    ):
-        torch.ops.eri.lora_gradient(dy, x, p, h, d_down, d_up)
+    one = Gradient(dy, x, p, h, d_down, d_up)
+    if use_kernel("lora_gradient", dy.device, lambda: _unsupported_gradient(one)):
+        torch.ops.eri.lora_gradient(*one)
     else:
-        lora_gradient_reference(dy, x, p, h, d_down, d_up)
+        lora_gradient_reference(*one)
+
+
+def lora_gradients(pieces: Sequence[Gradient]) -> None:
+    """What `lora_gradient` does for each, none of which reads or writes what another writes.
+
+    A launch takes up to four, so that small ones fill a card together.
+    """
+    while pieces:
+        some, pieces = pieces[:MOST_GRADIENTS], pieces[MOST_GRADIENTS:]
+        if len(some) > 1 and kernels_ready(some[0].dy.device) and _alike(some):
+            torch.ops.eri.lora_gradients(*map(list, zip(*some, strict=True)))
+        else:
+            for one in some:
+                lora_gradient(*one)
+
+
+def _alike(pieces: Sequence[Gradient]) -> bool:
+    """Whether one launch can take them: all of a type, and the kernel takes each of them."""
+    return len({one.dy.dtype for one in pieces}) == 1 and all(
+        _unsupported_gradient(one) is None for one in pieces
+    )
+
+
+def _unsupported_gradient(one: Gradient) -> str | None:
+    ranks, totals = one.p.shape[1] // len(one.d_up), {"d_down": one.d_down, "d_up": one.d_up}
+    return unsupported(ranks, totals, dy=one.dy, x=one.x, p=one.p, h=one.h)

@@ -10,8 +10,8 @@ written, in 16 bits, and sums are float32 in an order that never changes.
 Source: "down-projection in the producer": Zhu et al., "LoRAFusion", arXiv 2510.00206, section 3.
 
 Limits of the kernels: those of `eri.layers.geglu` and `eri.layers.layer_norm`; float16 or bfloat16;
-up to 48 ranks; norms of up to 1280 numbers, which are of a sum, or have a residual. Whatever else
-is asked is made by one kernel after the other.
+up to 48 ranks; norms of up to 1280 numbers, which are of a sum, or have a residual; gates of 4096
+rows or more. Whatever else is asked is made by one kernel after the other.
 
 Measured with `pytest -s -m gpu tests/layers/test_narrow.py -k bandwidth`.
 """
@@ -39,6 +39,7 @@ __all__ = [
 
 MOST_RANKS = 48
 MOST_WIDTH = 1280  # of a norm
+FEWEST_ROWS = 4096  # of a gate: fewer, 32 to a block, leave processors of an H200 without work
 
 LIBRARY = Library("eri", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -119,7 +120,7 @@ def geglu_narrow(u: Tensor, narrow: Narrow | None) -> tuple[Tensor, Tensor | Non
     Raises:
         ConfigError: the backend is `cuda` and a kernel cannot be used.
     """
-    if narrow is not None and _fuses(u, narrow, gate.unsupported(u)):
+    if narrow is not None and _fuses_gate(u, narrow):
         return torch.ops.eri.geglu_narrow(aligned_rows(u), narrow.down, narrow.scale)
     a = gate.geglu(u, _tail(narrow))
     return a, _then(a, narrow)
@@ -129,7 +130,7 @@ def geglu_backward_narrow(
     da: Tensor, u: Tensor, narrow: Narrow | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What `geglu_backward` gives, and P of the gradient of u; see `geglu_narrow`."""
-    if narrow is not None and _fuses(u, narrow, gate.unsupported(u)):
+    if narrow is not None and _fuses_gate(u, narrow):
         rows = aligned_rows(da), aligned_rows(u)
         return torch.ops.eri.geglu_backward_narrow(*rows, narrow.down, narrow.scale)
     du, a = gate.geglu_backward(da, u, _tail(narrow))
@@ -173,6 +174,11 @@ def _tail(narrow: Narrow | None) -> int:
 
 def _then(rows: Tensor, narrow: Narrow | None) -> Tensor | None:
     return None if narrow is None else lora_down(rows, *narrow)
+
+
+def _fuses_gate(u: Tensor, narrow: Narrow) -> bool:
+    rows = u.numel() // u.shape[-1]
+    return rows >= FEWEST_ROWS and _fuses(u, narrow, gate.unsupported(u))
 
 
 def _fuses_norm(x: Tensor, norm: nn.LayerNorm, narrow: Narrow) -> bool:

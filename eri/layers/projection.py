@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from eri.layers.lora import LoRALayer, MatrixCopy, base_of
 from eri.layers.lora_copies import LoRACopies
-from eri.layers.lora_products import Narrow, lora_down, lora_gradient
+from eri.layers.lora_products import Gradient, Narrow, lora_down, lora_gradients
 
 __all__ = ["Projection", "project", "side_by_side"]
 
@@ -177,8 +177,10 @@ class Projection:
             return dy @ self.matrix[:, : self.inputs], p
         return (dy @ self.weight).addmm_(p, self.matrix[outputs:, : self.inputs]), p
 
-    def add_gradients(self, dy: Tensor, x: Tensor, p: Tensor | None, h: Tensor | None) -> None:
-        """Add the gradients of the updates to theirs.
+    def gradients(
+        self, dy: Tensor, x: Tensor, p: Tensor | None, h: Tensor | None
+    ) -> list[Gradient]:
+        """What `lora_gradients` adds to the gradients of the updates.
 
         Args:
             dy: `[T, ΣN]`, or with a tail.
@@ -187,19 +189,20 @@ class Projection:
             h: what `forward` gave beside y.
         """
         if p is None or h is None:
-            return
+            return []
         dy, x = dy[:, : self.count * self.width], x[:, : self.inputs]
         updates = list(self._updates())
         downs = [_grad(layer.lora_a.weight) for _, layer in updates]
         ups = [_grad(layer.lora_b.weight) for _, layer in updates]
         down, up = side_by_side(downs), side_by_side(ups)
         if len(updates) == self.count and down is not None and up is not None:
-            lora_gradient(dy, x, p, h, down.flatten(0, 1), up)
-            return
+            return [Gradient(dy, x, p, h, down.flatten(0, 1), up)]
+        found = []
         for (place, _), down, up in zip(updates, downs, ups, strict=True):
             own = slice(place * self.rank, (place + 1) * self.rank)
             part = dy[:, place * self.width : (place + 1) * self.width]
-            lora_gradient(part, x, p[:, own], h[:, own], down, up[None])
+            found.append(Gradient(part, x, p[:, own], h[:, own], down, up[None]))
+        return found
 
     def _add_updates(self, y: Tensor, h: Tensor) -> Tensor:
         """y and what the layers' updates make of their parts of H; in place."""
@@ -279,7 +282,7 @@ class _Project(torch.autograd.Function):
             dx = dx.view(x.shape)
         else:
             p = projection.narrow(dy)
-        projection.add_gradients(dy, x.flatten(0, -2), p, h)
+        lora_gradients(projection.gradients(dy, x.flatten(0, -2), p, h))
         d_residual = grads[0] if ctx.needs_input_grad[1] else None
         return dx, d_residual, None, *[None] * ctx.others
 

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from eri.layers.cross_attention import cross_attention, cross_attention_backward, is_fastest
 from eri.layers.join_rows import join_rows
 from eri.layers.layer_norm import layer_norm
-from eri.layers.lora_products import Narrow
+from eri.layers.lora_products import Gradient, Narrow, lora_gradients
 from eri.layers.narrow import (
     add_layer_norm_narrow,
     geglu_backward_narrow,
@@ -179,7 +179,7 @@ class _Blocks(torch.autograd.Function):
         if needs_d_context:
             d_context, p = parts.words.backward(d_kv)
             d_context = d_context.view(context.shape)
-        parts.words.add_gradients(d_kv, context_rows, p, run.h_words)
+        lora_gradients(parts.words.gradients(d_kv, context_rows, p, run.h_words))
         return dx, d_context, *[None] * ctx.others
 
 
@@ -250,6 +250,7 @@ class _WayBack:
     def __init__(self, parts: BlockParts, x: Tensor, words: Tensor, trace: _Trace) -> None:
         self.parts, self.words, self.trace = parts, words, trace
         self.sums = x, trace.x1, trace.x2  # what the norms read
+        self.gradients: list[Gradient] = []  # of the attentions' matrices, for one launch
 
     def feed_forward(self, g: Tensor, p: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """From the gradient of y to that of x2, both with a tail; P of each, if it is there."""
@@ -259,11 +260,10 @@ class _WayBack:
         da, p_out = outer.backward(g, p)
         du, a, p_in = geglu_backward_narrow(da, u, inner.of_gradient())
         del u, da
-        outer.add_gradients(g, a, p_out, h_out)
-        del a
         dn, p_in = inner.backward(du, p_in)
         d_sum, n, p = self._through_norm(2, dn, g, self.parts.cross_out.of_gradient())
-        inner.add_gradients(du, n, p_in, h_in)
+        of_outer = outer.gradients(g, a, p_out, h_out)
+        lora_gradients([*inner.gradients(du, n, p_in, h_in), *of_outer])
         return d_sum, p
 
     def cross_attention(
@@ -275,11 +275,11 @@ class _WayBack:
         q = trace.cross_q
         q = parts.cross_q.forward(self._norm(1, parts.cross_q))[0] if q is None else q
         d_o, p = parts.cross_out.backward(g, p)
-        parts.cross_out.add_gradients(g, trace.cross_o, p, h_out)
+        self.gradients += parts.cross_out.gradients(g, trace.cross_o, p, h_out)
         dq = _words_backward(parts, d_o, q, self.words, d_words, trace)
         dn, p_q = parts.cross_q.backward(dq)
         d_sum, n, p = self._through_norm(1, dn, g, parts.self_out.of_gradient())
-        parts.cross_q.add_gradients(dq, n, p_q, h_q)
+        self.gradients += parts.cross_q.gradients(dq, n, p_q, h_q)
         return d_sum, p
 
     def self_attention(
@@ -290,15 +290,14 @@ class _WayBack:
         d_qkv = self._through_attention(g, p)
         dn, p_in = parts.self_in.backward(d_qkv)
         d_sum, n, p = self._through_norm(0, dn, g, narrow)
-        parts.self_in.add_gradients(d_qkv, n, p_in, self.trace.hidden[0])
+        self._add_gradients(d_qkv, n, p_in)
         return d_sum, p
 
     def end_self_attention(self, g: Tensor, p: Tensor | None) -> None:
         """The same where nobody needs the gradient of x."""
         parts = self.parts
         d_qkv = self._through_attention(g, p)
-        n, p_in = self._norm(0, parts.self_in), parts.self_in.narrow(d_qkv)
-        parts.self_in.add_gradients(d_qkv, n, p_in, self.trace.hidden[0])
+        self._add_gradients(d_qkv, self._norm(0, parts.self_in), parts.self_in.narrow(d_qkv))
 
     def _through_attention(self, g: Tensor, p: Tensor | None) -> Tensor:
         """The gradient of queries, keys and values, with a tail."""
@@ -306,11 +305,16 @@ class _WayBack:
         qkv = trace.self_qkv
         qkv = parts.self_in.forward(self._norm(0, parts.self_in))[0] if qkv is None else qkv
         d_o, p = parts.self_out.backward(g, p)
-        parts.self_out.add_gradients(g, trace.self_o, p, trace.hidden[1])
+        self.gradients += parts.self_out.gradients(g, trace.self_o, p, trace.hidden[1])
         q, k, v = _heads(qkv, batch, 3, heads)
         o, d_o = _split(trace.self_o, batch, heads), _split(d_o, batch, heads)
         d_heads = sdpa_backward(d_o, q, k, v, o, trace.self_kept)
         return join_rows([*map(_merged, d_heads)], parts.self_in.tail)
+
+    def _add_gradients(self, d_qkv: Tensor, n: Tensor, p: Tensor | None) -> None:
+        """Add those of both attentions' matrices, from the gradient of queries, keys and values."""
+        of_in = self.parts.self_in.gradients(d_qkv, n, p, self.trace.hidden[0])
+        lora_gradients([*of_in, *self.gradients])
 
     def _norm(self, which: int, projection: Projection) -> Tensor:
         """What a projection reads, once more."""

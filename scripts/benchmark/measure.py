@@ -135,20 +135,20 @@ def operations(step: Callable[[], None], device: torch.device, rows: int = 30) -
 
 
 class _Bytes(TorchDispatchMode):
-    """Sums what every operation that is not a view reads and writes."""
+    """Sums what every operation that is not a view reads and writes, by its name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes: dict[str, int] = defaultdict(int)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = func._schema.name
         if name not in MOVES_NOTHING and not _is_view(func):
-            inputs = args[1:] if name in NOT_READ else args
+            inputs = _read(name, args)
             named = [value for key, value in kwargs.items() if key != "out"]
-            self.bytes += sum(
+            self.bytes[name] += sum(
                 map(_size, tree_leaves([inputs, named, _written(func, args, result)]))
             )
         return result
@@ -157,6 +157,13 @@ class _Bytes(TorchDispatchMode):
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     return any(one.alias_info is not None and not one.alias_info.is_write for one in returns)
+
+
+def _read(name: str, args: Any) -> Any:
+    """What an operation reads of what it is given."""
+    if name == "aten::convolution_backward" and list(args[-1]) == [True, False, False]:
+        return args[0], args[2]  # of the input the shape is enough
+    return args[1:] if name in NOT_READ else args
 
 
 def _written(func: Any, args: Any, result: Any) -> Any:
@@ -174,8 +181,17 @@ def _size(leaf: Any) -> int:
     return min(leaf.numel() * leaf.element_size(), leaf.untyped_storage().nbytes())
 
 
-def bytes_moved(step: Callable[[], None]) -> int:
-    """The bytes of the inputs and outputs of all operations of a step, whatever caches do."""
+def bytes_moved(step: Callable[[], None]) -> dict[str, int]:
+    """The bytes of the inputs and outputs of a step's operations, by their names, whatever caches
+    do.
+    """
     with _Bytes() as counted:
         step()
     return counted.bytes
+
+
+def traffic(moved: Mapping[str, int]) -> str:
+    """A table of the operations that move most."""
+    most = sorted(moved.items(), key=lambda pair: -pair[1])[:TOP]
+    lines = [f"{'GB':>9}  operation"]
+    return "\n".join([*lines, *(f"{bytes / 1e9:>9.3f}  {name}" for name, bytes in most)])

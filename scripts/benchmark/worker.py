@@ -148,7 +148,8 @@ class Worker:
 
     def _count(self, found: dict[str, Any]) -> None:
         moved = measure.bytes_moved(self.case.eager_step)
-        found["gb_per_sample"] = moved / self.problem.batch / 1e9
+        found["gb_per_sample"] = sum(moved.values()) / self.problem.batch / 1e9
+        found["breakdown"] = f"{found.get('breakdown', '')}\n{measure.traffic(moved)}"
 
     def _step(self) -> None:
         self.case.step()

@@ -10,10 +10,12 @@ from eri.layers.backend import set_backend
 from eri.layers.build import SOURCES
 from eri.layers.lora_products import (
     MOST_RANKS,
+    Gradient,
     lora_down,
     lora_down_reference,
     lora_gradient,
     lora_gradient_reference,
+    lora_gradients,
     unsupported,
 )
 from tests.kernel_checks import copy_bandwidth, error, microseconds, ulp
@@ -131,6 +133,19 @@ def test_the_ops_are_registered_as_pytorch_wants_them(device: torch.device) -> N
     c = case(5, 16, 24, 8, 2, device=device)
     given = (c.dy, c.x, c.p, c.h, c.d_down, c.d_up)
     torch.library.opcheck(torch.ops.eri.lora_gradient.default, given)
+    lists = [[tensor, tensor.clone()] for tensor in given]
+    torch.library.opcheck(torch.ops.eri.lora_gradients.default, lists)
+
+
+def test_several_gradients_are_one_after_the_other() -> None:
+    cases = [case(11, 6, 8 + i, 3, 1 + i % 2, device="cpu") for i in range(6)]
+    expected = [c.run(lora_gradient) for c in cases]
+    totals = [(c.d_down.clone(), c.d_up.clone()) for c in cases]
+    pieces = [Gradient(c.dy, c.x, c.p, c.h, *t) for c, t in zip(cases, totals, strict=True)]
+    lora_gradients(pieces)
+    for found, each in zip(totals, expected, strict=True):
+        assert all(map(torch.equal, found, each))
+    lora_gradients([])
 
 
 def test_reasons_are_in_words() -> None:
@@ -231,6 +246,39 @@ def test_gradients_are_no_less_exact_than_eager(
     for found, eager, truth in zip(c.run(lora_gradient), eagers, truths, strict=True):
         assert found.dtype == torch.float32
         assert error(found, truth) <= 2 * error(eager, truth) + ulp(truth, torch.float32)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("ranks", [(16, 16, 16, 16), (4, 3, 24, 8), (1, 64)], ids=str)
+@pytest.mark.parametrize("tokens", [77, 1024])
+def test_several_gradients_in_a_launch_are_no_less_exact(
+    tokens: int, ranks: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    set_backend("cuda")
+    shapes = [(640, 320, 1), (128, 1280, 3), (72, 64, 2), (2560, 320, 1)]
+    cases = [
+        case(tokens + i, outputs, inputs, rank, layers, dtype)
+        for i, (rank, (outputs, inputs, layers)) in enumerate(zip(ranks, shapes, strict=False))
+    ]
+    totals = [(c.d_down.clone(), c.d_up.clone()) for c in cases]
+    lora_gradients([Gradient(c.dy, c.x, c.p, c.h, *t) for c, t in zip(cases, totals, strict=True)])
+    for c, both in zip(cases, totals, strict=True):
+        truths = c.to(torch.float64).run(lora_gradient_reference)
+        eagers = c.run(lora_gradient_reference)
+        for found, eager, truth in zip(both, eagers, truths, strict=True):
+            assert error(found, truth) <= 2 * error(eager, truth) + ulp(truth, torch.float32)
+
+
+@gpu
+def test_several_gradients_must_be_few_and_alike() -> None:
+    loaded()
+    c = case(8, 16, 16, 8, dtype=torch.bfloat16)
+    given = [c.dy, c.x, c.p, c.h, c.d_down, c.d_up]
+    with pytest.raises(RuntimeError, match="lora_gradients: 5 of dy, expected 1 to 4"):
+        torch.ops.eri.lora_gradients(*([one] * 5 for one in given))
+    with pytest.raises(RuntimeError, match="lora_gradients: x is of type"):
+        torch.ops.eri.lora_gradients(*([one] for one in [c.dy, c.x.float(), *given[2:]]))
 
 
 @gpu
@@ -442,3 +490,21 @@ def test_bandwidth_gradient() -> None:
         )
         if tokens * (layers * outputs + inputs) >= 2**26 and rank == 16:
             assert reached > 0.4 * copied
+    for tokens, width in ((4096, 1280), (1024, 1280), (16384, 640)):
+        square = (width, width, 1)
+        for name, shapes in (
+            ("feed-forward", [(8 * width, width, 1), (width, 4 * width, 1)]),
+            ("attentions", [(width, width, 3), square, square, square]),
+        ):
+            groups = [
+                [case(tokens, n, k, 16, layers, torch.bfloat16) for n, k, layers in shapes]
+                for _ in range(3)
+            ]
+            us = microseconds(
+                lambda i, g=groups: lora_gradients(
+                    [Gradient(c.dy, c.x, c.p, c.h, c.d_down, c.d_up) for c in g[i]]
+                ),
+                sets=3,
+            )
+            size = sum(2 * tokens * (layers * n + k) for n, k, layers in shapes)
+            print(f"{tokens} x {width}, {name}: {us:.1f} us, {size / us / 1e6:.2f} TB/s")

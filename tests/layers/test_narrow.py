@@ -118,10 +118,19 @@ def test_the_ops_are_registered_as_pytorch_wants_them(device: torch.device) -> N
 # ------------------------------------------------------------------------------------- the kernels
 
 gpu = pytest.mark.gpu
+
+
+@pytest.fixture
+def any_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gates of a few rows, too, take the kernel that makes both."""
+    monkeypatch.setattr("eri.layers.narrow.FEWEST_ROWS", 1)
+
+
 WIDTHS = [8, 24, 40, 320, 640, 648, 1280]
 
 
 @gpu
+@pytest.mark.usefixtures("any_rows")
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("ranks", [8, 16, 24, 32, 40, 48])
 @pytest.mark.parametrize("name", CASES)
@@ -151,6 +160,7 @@ def test_the_kernels_are_no_less_exact_than_one_after_the_other(
 
 
 @gpu
+@pytest.mark.usefixtures("any_rows")
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernels_give_the_same_bits_twice_and_in_a_graph(name: str) -> None:
     set_backend("cuda")
@@ -167,6 +177,7 @@ def test_the_kernels_give_the_same_bits_twice_and_in_a_graph(name: str) -> None:
 
 
 @gpu
+@pytest.mark.usefixtures("any_rows")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("ranks", "dtype"), [(56, torch.bfloat16), (16, torch.float32)])
 def test_what_the_kernels_cannot_do_two_kernels_do(
@@ -204,6 +215,7 @@ def test_the_ops_name_what_they_cannot_take() -> None:
 
 
 @gpu
+@pytest.mark.usefixtures("any_rows")
 def test_bandwidth() -> None:
     set_backend("cuda")
     best = copy_bandwidth()

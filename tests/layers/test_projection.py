@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from eri.layers import Conv2d, Linear, LoRAConv2d, LoRALinear
 from eri.layers.lora import LoRALayer, base_of
+from eri.layers.lora_products import lora_gradients
 from eri.layers.projection import Projection, project, side_by_side
 from eri.layers.vectors import with_tail
 
@@ -153,7 +154,7 @@ def test_rows_with_a_tail_give_the_same(name: str) -> None:
         for parameter in trained(*layers):
             parameter.grad = None
         dx, p = whole.backward(dy)
-        whole.add_gradients(dy, rows, p, h)
+        lora_gradients(whole.gradients(dy, rows, p, h))
         answer[kind] = [y, dx, *(p.grad for p in trained(*layers))]
     torch.testing.assert_close(answer["wide"], answer["plain"])
     assert torch.equal(wide[:, :WIDTH], x)

@@ -1,6 +1,7 @@
 // One pass over rows of values and gates, which makes the narrow product of what it writes on the
-// way. A block takes eight rows; lanes (g, t) of a warp take vectors of row g, as the product wants
-// them, and the warps share the columns. The arithmetic is that of geglu.cu.
+// way. Lanes (g, t) of a warp take vectors of row g of eight, as the product wants them. A block
+// takes 32 rows: the ranks are as many bytes as some rows, and four warps that take other rows of
+// the same columns find them in the cache of their processor. The arithmetic is that of geglu.cu.
 
 #include "geglu.h"
 #include "launch.h"
@@ -10,9 +11,12 @@
 namespace eri {
 namespace {
 
-constexpr int kSteps = 2;              // vectors of a lane that are on their way at once
-constexpr int kReach = 4 * kSteps;     // vectors of a row that a warp takes in turn
-constexpr int kThreads = 32 * kNarrowWarps;
+constexpr int kSteps = 2;           // vectors of a lane that are on their way at once
+constexpr int kReach = 4 * kSteps;  // vectors of a row that a warp takes in turn
+constexpr int kRows = 4;            // eights of rows of a block
+constexpr int kParts = 4;           // warps that share the columns of a row
+constexpr int kThreads = 32 * kRows * kParts;
+constexpr int kBlockRows = kRows * kTokens;
 
 struct Shape {
   uint32_t rows;
@@ -21,6 +25,7 @@ struct Shape {
 
 // Of a lane: its row, whether that is there, and its first column in each turn.
 struct Lane {
+  int rows, part;  // of its warp
   uint32_t row;
   bool there;
   int column;
@@ -28,26 +33,27 @@ struct Lane {
 
 __device__ __forceinline__ Lane lane_of(const Shape& shape) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const uint32_t row = blockIdx.x * kTokens + lane / 4;
-  return {min(row, shape.rows - 1), row < shape.rows, warp * kReach + lane % 4};
+  const int rows = warp % kRows, part = warp / kRows;
+  const uint32_t row = blockIdx.x * kBlockRows + rows * kTokens + lane / 4;
+  return {rows, part, min(row, shape.rows - 1), row < shape.rows, part * kReach + lane % 4};
 }
 
 template <typename Scalar, int kTiles>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 2)
     forward_kernel(Rows<const uint4> u, Rows<uint4> a, Shape shape, const Narrow<Scalar> narrow) {
-  __shared__ Sums<kTiles> shared;
+  __shared__ Sums<kTiles, kParts, kRows> shared;
   const Lane lane = lane_of(shape);
   const uint4* from = u[lane.row];
   float sums[kTiles][4] = {};
   for (int first = lane.column; first - lane.column % 4 < shape.columns;
-       first += kReach * kNarrowWarps) {
+       first += kReach * kParts) {
     Vector<Scalar> values[kSteps], gates[kSteps];
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       const int column = first + 4 * k;
       if (column < shape.columns) {
-        values[k] = load<Scalar>(from + column);
-        gates[k] = load<Scalar>(from + shape.columns + column);
+        values[k] = load_last<Scalar>(from + column);
+        gates[k] = load_last<Scalar>(from + shape.columns + column);
       }
     }
 #pragma unroll
@@ -75,31 +81,31 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
   }
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) shared.put(tile, sums[tile]);
+  for (int tile = 0; tile < kTiles; ++tile) shared.put(lane.part, lane.rows, tile, sums[tile]);
   __syncthreads();
-  shared.write(narrow, static_cast<int64_t>(blockIdx.x) * kTokens, shape.rows, a, shape.columns);
+  shared.write(narrow, static_cast<int64_t>(blockIdx.x) * kBlockRows, shape.rows, a, shape.columns);
 }
 
 template <typename Scalar, int kTiles>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(Rows<const uint4> da, Rows<const uint4> u, Rows<uint4> du, Rows<uint4> a,
                     Shape shape, const Narrow<Scalar> narrow) {
-  __shared__ Sums<kTiles> shared;
+  __shared__ Sums<kTiles, kParts, kRows> shared;
   const Lane lane = lane_of(shape);
   const uint4* from = u[lane.row];
   const uint4* gradient = da[lane.row];
   uint4* to = du[lane.row];
   float sums[kTiles][4] = {};
   for (int first = lane.column; first - lane.column % 4 < shape.columns;
-       first += kReach * kNarrowWarps) {
+       first += kReach * kParts) {
     Vector<Scalar> gradients[kSteps], values[kSteps], gates[kSteps];
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       const int column = first + 4 * k;
       if (column < shape.columns) {
-        gradients[k] = load<Scalar>(gradient + column);
-        values[k] = load<Scalar>(from + column);
-        gates[k] = load<Scalar>(from + shape.columns + column);
+        gradients[k] = load_last<Scalar>(gradient + column);
+        values[k] = load_last<Scalar>(from + column);
+        gates[k] = load_last<Scalar>(from + shape.columns + column);
       }
     }
 #pragma unroll
@@ -142,9 +148,9 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
   }
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) shared.put(tile, sums[tile]);
+  for (int tile = 0; tile < kTiles; ++tile) shared.put(lane.part, lane.rows, tile, sums[tile]);
   __syncthreads();
-  shared.write(narrow, static_cast<int64_t>(blockIdx.x) * kTokens, shape.rows, du,
+  shared.write(narrow, static_cast<int64_t>(blockIdx.x) * kBlockRows, shape.rows, du,
                2 * shape.columns);
 }
 
@@ -152,7 +158,7 @@ template <typename Scalar, int kTiles>
 void launch_tiles(const GegluArguments& a, cudaStream_t stream) {
   const Shape shape = {static_cast<uint32_t>(a.rows),
                        static_cast<int>(a.width / Vector<Scalar>::kSize)};
-  const uint32_t blocks = (shape.rows + kTokens - 1) / kTokens;
+  const uint32_t blocks = (shape.rows + kBlockRows - 1) / kBlockRows;
   const Narrow<Scalar> narrow = narrow_of<Scalar>(a.narrow);
   const auto u = rows_of<Scalar>(a.u, a.u_stride);
   const auto da = rows_of<Scalar>(a.da, a.da_stride);

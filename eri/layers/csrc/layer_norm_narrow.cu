@@ -11,6 +11,7 @@ namespace eri {
 namespace {
 
 constexpr int kTiles = kNarrowRanks / kTileRanks;
+constexpr int kWarps = kTokens;  // of a block
 
 // Rows are four vectors more than a multiple of eight apart: what four lanes each read of two rows
 // lies in different banks.
@@ -18,7 +19,7 @@ template <typename Scalar, int kHeld>
 struct Shared {
   static constexpr int kPitch = (32 * kHeld + 7) / 8 * 8 + 4;
   uint4 rows[kTokens][kPitch];
-  Sums<kTiles> sums;
+  Sums<kTiles, kWarps, 1> sums;
 
   // A warp's row; zeros where there is none.
   __device__ __forceinline__ void put(const Vector<Scalar> (&held)[kHeld], bool there) {
@@ -37,14 +38,14 @@ struct Shared {
     for (int tile = 0; tile < tiles; ++tile) {
       float own[4] = {};
 #pragma unroll
-      for (int first = 0; first < 32 * kHeld; first += 4 * kNarrowWarps) {
+      for (int first = 0; first < 32 * kHeld; first += 4 * kWarps) {
         const int column = first + 4 * warp + lane % 4;
         const bool there = column < shape.columns;
         // what is behind a row is zeros
         add_vector(own, narrow, tile, there ? column : 0,
                    from_words<Scalar>(rows[lane / 4][column]));
       }
-      sums.put(tile, own);
+      sums.put(warp, 0, tile, own);
     }
     __syncthreads();
     sums.write(narrow, static_cast<int64_t>(blockIdx.x) * kTokens, shape.rows, result,
@@ -53,7 +54,7 @@ struct Shared {
 };
 
 template <typename Scalar, int kHeld>
-__global__ void __launch_bounds__(32 * kNarrowWarps)
+__global__ void __launch_bounds__(32 * kWarps)
     forward_kernel(Rows<const uint4> x, Rows<const uint4> added, const uint4* __restrict__ weight,
                    const uint4* __restrict__ bias, Rows<uint4> total, Rows<uint4> n,
                    float2* __restrict__ mean_rstd, Shape shape, float eps,
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(32 * kNarrowWarps)
 }
 
 template <typename Scalar, int kHeld>
-__global__ void __launch_bounds__(32 * kNarrowWarps)
+__global__ void __launch_bounds__(32 * kWarps)
     backward_kernel(Rows<const uint4> dn, Rows<const uint4> x, Rows<const uint4> residual,
                     const uint4* __restrict__ weight, const uint4* __restrict__ bias,
                     const float2* __restrict__ mean_rstd, Rows<uint4> dx, Rows<uint4> n,
@@ -99,11 +100,11 @@ void launch_held(const LayerNormArguments& a, const Shape& shape, cudaStream_t s
   const uint4* bias = static_cast<const uint4*>(a.bias);
   float2* moments = reinterpret_cast<float2*>(a.mean_rstd);
   if (a.dn == nullptr) {
-    forward_kernel<Scalar, kHeld><<<blocks, 32 * kNarrowWarps, 0, stream>>>(
+    forward_kernel<Scalar, kHeld><<<blocks, 32 * kWarps, 0, stream>>>(
         x, rows_of<Scalar>(a.added, a.added_stride), weight, bias, rows_of<Scalar>(a.sum, a.width),
         result, moments, shape, static_cast<float>(a.eps), narrow);
   } else {
-    backward_kernel<Scalar, kHeld><<<blocks, 32 * kNarrowWarps, 0, stream>>>(
+    backward_kernel<Scalar, kHeld><<<blocks, 32 * kWarps, 0, stream>>>(
         rows_of<Scalar>(a.dn, a.dn_stride), x, rows_of<Scalar>(a.residual, a.residual_stride),
         weight, bias, moments, result, rows_of<Scalar>(a.again, a.width), shape, narrow);
   }

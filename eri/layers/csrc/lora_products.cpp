@@ -1,5 +1,5 @@
-// Checks of `eri::lora_down` and `eri::lora_gradient` and their CUDA implementation; the schemas
-// are in eri/layers/lora_products.py.
+// Checks of `eri::lora_down`, `eri::lora_gradient` and `eri::lora_gradients` and their CUDA
+// implementation; the schemas are in eri/layers/lora_products.py.
 
 #include "lora_products.h"
 
@@ -74,16 +74,15 @@ void check_total(const Op& op, const char* name, const Tensor& found, const Tens
   STD_TORCH_CHECK(found.is_contiguous(), op.name, ": ", name, " is not contiguous");
 }
 
-void lora_gradient(const Tensor& dy, const Tensor& x, const Tensor& p, const Tensor& h,
-                   const Tensor& d_down, const Tensor& d_up) {
-  const Op op = {"lora_gradient"};
+LoraGradientArguments gradient_of(const Op& op, const Tensor& dy, const Tensor& x, const Tensor& p,
+                                  const Tensor& h, const Tensor& d_down, const Tensor& d_up) {
   check_rows(op, "dy", dy, dy);
   check_rows(op, "x", x, dy);
   check_rows(op, "p", p, dy);
   check_rows(op, "h", h, dy);
   check_total(op, "d_down", d_down, dy);
   check_total(op, "d_up", d_up, dy);
-  STD_TORCH_CHECK(d_up.dim() == 3 && d_up.numel() > 0, "lora_gradient: d_up is not [n, N, r]");
+  STD_TORCH_CHECK(d_up.dim() == 3 && d_up.numel() > 0, op.name, ": d_up is not [n, N, r]");
   const int64_t layers = d_up.size(0);
   LoraGradientArguments arguments = {};
   arguments.type = op.float_type("dy", dy);
@@ -96,21 +95,21 @@ void lora_gradient(const Tensor& dy, const Tensor& x, const Tensor& p, const Ten
   check_ranks(op, arguments.ranks);
   STD_TORCH_CHECK(arguments.rank <= arguments.ranks && p.size(1) == layers * arguments.ranks &&
                       p.size(1) <= kLoraMostRanks,
-                  "lora_gradient: p has ", p.size(1), " columns for ", layers, " layers of rank ",
+                  op.name, ": p has ", p.size(1), " columns for ", layers, " layers of rank ",
                   arguments.rank, ", expected at most ", kLoraMostRanks);
-  STD_TORCH_CHECK(dy.size(1) == layers * arguments.outputs, "lora_gradient: dy has ", dy.size(1),
+  STD_TORCH_CHECK(dy.size(1) == layers * arguments.outputs, op.name, ": dy has ", dy.size(1),
                   " columns, expected ", layers, " times ", arguments.outputs);
-  STD_TORCH_CHECK(h.size(1) == p.size(1), "lora_gradient: h has ", h.size(1), " columns, p ",
+  STD_TORCH_CHECK(h.size(1) == p.size(1), op.name, ": h has ", h.size(1), " columns, p ",
                   p.size(1));
   STD_TORCH_CHECK(x.size(0) == dy.size(0) && p.size(0) == dy.size(0) && h.size(0) == dy.size(0),
-                  "lora_gradient: dy, x, p and h have ", dy.size(0), ", ", x.size(0), ", ",
+                  op.name, ": dy, x, p and h have ", dy.size(0), ", ", x.size(0), ", ",
                   p.size(0), " and ", h.size(0), " rows");
   STD_TORCH_CHECK(arguments.outputs % vector_size(arguments.type) == 0,
-                  "lora_gradient: a layer has ", arguments.outputs, " outputs, expected a multiple of ",
+                  op.name, ": a layer has ", arguments.outputs, " outputs, expected a multiple of ",
                   vector_size(arguments.type));
   STD_TORCH_CHECK(d_down.dim() == 2 && d_down.size(0) == layers * arguments.rank &&
                       d_down.size(1) == x.size(1),
-                  "lora_gradient: d_down is not [", layers * arguments.rank, ", ", x.size(1), "]");
+                  op.name, ": d_down is not [", layers * arguments.rank, ", ", x.size(1), "]");
   arguments.dy = dy.const_data_ptr();
   arguments.x = x.const_data_ptr();
   arguments.p = p.const_data_ptr();
@@ -121,8 +120,34 @@ void lora_gradient(const Tensor& dy, const Tensor& x, const Tensor& p, const Ten
   arguments.x_stride = stride_of(x);
   arguments.p_stride = stride_of(p);
   arguments.h_stride = stride_of(h);
+  return arguments;
+}
+
+void lora_gradient(const Tensor& dy, const Tensor& x, const Tensor& p, const Tensor& h,
+                   const Tensor& d_down, const Tensor& d_up) {
+  const Op op = {"lora_gradient"};
+  const LoraGradientArguments arguments = gradient_of(op, dy, x, p, h, d_down, d_up);
   const DeviceGuard guard(dy.get_device_index());
-  op.check_launch(launch_lora_gradient(arguments, current_stream(dy.get_device_index())));
+  op.check_launch(launch_lora_gradients(&arguments, 1, current_stream(dy.get_device_index())));
+}
+
+using Tensors = std::vector<Tensor>;
+
+void lora_gradients(Tensors dy, Tensors x, Tensors p, Tensors h, Tensors d_down, Tensors d_up) {
+  const Op op = {"lora_gradients"};
+  const size_t count = dy.size();
+  STD_TORCH_CHECK(count > 0 && count <= kLoraGradients && x.size() == count && p.size() == count &&
+                      h.size() == count && d_down.size() == count && d_up.size() == count,
+                  "lora_gradients: ", count, " of dy, expected 1 to ", kLoraGradients,
+                  ", and as many of all others");
+  LoraGradientArguments arguments[kLoraGradients] = {};
+  for (size_t i = 0; i < count; ++i) {
+    op.check_kind("dy", dy[i], dy[0].get_device_index(), dy[0].scalar_type());
+    arguments[i] = gradient_of(op, dy[i], x[i], p[i], h[i], d_down[i], d_up[i]);
+  }
+  const DeviceGuard guard(dy[0].get_device_index());
+  op.check_launch(launch_lora_gradients(arguments, static_cast<int>(count),
+                                        current_stream(dy[0].get_device_index())));
 }
 
 }  // namespace
@@ -131,4 +156,5 @@ void lora_gradient(const Tensor& dy, const Tensor& x, const Tensor& p, const Ten
 STABLE_TORCH_LIBRARY_IMPL(eri, CUDA, m) {
   m.impl("lora_down", TORCH_BOX(&eri::lora_down));
   m.impl("lora_gradient", TORCH_BOX(&eri::lora_gradient));
+  m.impl("lora_gradients", TORCH_BOX(&eri::lora_gradients));
 }

@@ -9,6 +9,8 @@ namespace eri {
 
 // Of all layers or groups side by side.
 constexpr int64_t kLoraMostRanks = 4096;
+// Gradients of so many inputs, which one launch computes.
+constexpr int kLoraGradients = 4;
 
 // Strides and widths are in numbers; every row begins at a multiple of 16 bytes.
 struct LoraDownArguments {
@@ -43,8 +45,9 @@ struct LoraGradientArguments {
   int64_t ranks;    // the same, padded to a multiple of 8
 };
 
-// Each queues one kernel on a cudaStream_t; returns null, or what CUDA says is wrong.
+// Each queues one kernel on a cudaStream_t (gradients in float32 one each); returns null, or what
+// CUDA says is wrong. All gradients are of one type.
 const char* launch_lora_down(const LoraDownArguments& arguments, void* stream);
-const char* launch_lora_gradient(const LoraGradientArguments& arguments, void* stream);
+const char* launch_lora_gradients(const LoraGradientArguments* arguments, int count, void* stream);
 
 }  // namespace eri

@@ -36,7 +36,12 @@ struct Gradient {
   Product down, up;
   int tokens;
   int rank, ranks;  // of a layer, the second padded
-  int splits;       // of the tokens: blocks of a cluster
+};
+
+struct Gradients {
+  Gradient of[kLoraGradients];
+  int ends[kLoraGradients];  // blocks of all up to each, not counting splits
+  int splits;                // of the tokens: blocks of a cluster
 };
 
 // The shared memory of block `split` of the cluster at the place of `mine`.
@@ -100,20 +105,25 @@ struct Ring {  // of a warp
 
 // kRanks tiles of 16 ranks.
 template <typename Scalar, int kRanks, int kWarps, int kStages>
-__global__ void __launch_bounds__(32 * kWarps) gradient_kernel(const __grid_constant__ Gradient a) {
+__global__ void __launch_bounds__(32 * kWarps)
+    gradient_kernel(const __grid_constant__ Gradients all) {
   using Memory = Ring<kRanks, kStages>;
   extern __shared__ uint4 memory[];
 
-  const int split = static_cast<int>(blockIdx.x) % a.splits;
+  const int splits = all.splits, split = static_cast<int>(blockIdx.x) % splits;
+  const int block = static_cast<int>(blockIdx.x) / splits;
+  int which = 0;
+  while (block >= all.ends[which]) ++which;
+  const Gradient& a = all.of[which];
   const auto [product, is_down, group, slab, first_rank] =
-      share_of(a, static_cast<int>(blockIdx.x) / a.splits, 16 * kRanks);
+      share_of(a, which == 0 ? block : block - all.ends[which - 1], 16 * kRanks);
   const int tiles = min((product.ranks - first_rank + 15) / 16, kRanks);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const uint32_t ring = shared_address(memory) + warp * Memory::kBytes;
 
   // columns and ranks that are not there repeat the last ones and are added nowhere
   const int column = min(slab * 8 + lane % 8, product.width / 8 - 1);
-  const int stride = a.splits * kWarps * kSteps;  // tokens
+  const int stride = splits * kWarps * kSteps;  // tokens
   int next = (split * kWarps + warp) * kSteps;    // token to fetch
   int left = next < a.tokens ? (a.tokens - next + stride - 1) / stride : 0;
   const uint4* wide = product.wide + static_cast<int64_t>(group) * (product.width / 8) + column +
@@ -208,21 +218,21 @@ __global__ void __launch_bounds__(32 * kWarps) gradient_kernel(const __grid_cons
     }
     *to = sum;
   }
-  wait_for_all(a.splits);
+  wait_for_all(splits);
 #pragma unroll 4
   for (int place = split * 32 * kWarps + static_cast<int>(threadIdx.x); place < tiles * 16 * kSlab;
-       place += a.splits * 32 * kWarps) {
+       place += splits * 32 * kWarps) {
     // side by side as they lie in the result
     const int rank = is_down ? place / kSlab : place / (16 * kSlab) * 16 + place % 16;
     const int at = is_down ? place % kSlab : place / 16 % kSlab;
     float sum = 0.0f;
 #pragma unroll 4
-    for (int i = 0; i < a.splits; ++i) sum += shared_of(shared, i, a.splits)[rank * kRow + at];
+    for (int i = 0; i < splits; ++i) sum += shared_of(shared, i, splits)[rank * kRow + at];
     float* to = place_of(a, is_down, group, first_rank + rank, slab * kSlab + at);
     // nothing else is added there, so no order can change it; no thread waits for what was there
     if (to != nullptr) atomicAdd(to, sum);
   }
-  wait_for_all(a.splits);  // nobody's shared memory goes before all have read it
+  wait_for_all(splits);  // nobody's shared memory goes before all have read it
 }
 
 // float32, on no tensor cores: a thread a column, and eight ranks; the warps share the tokens.
@@ -278,9 +288,8 @@ int share_out(Gradient& a, int slab, int ranks) {
 }
 
 template <typename Scalar, int kRanks, int kWarps, int kStages>
-cudaError_t launch_tiles(Gradient a, int splits, cudaStream_t stream) {
-  const int blocks = share_out(a, kSlab, 16 * kRanks);
-  a.splits = splits;
+cudaError_t launch_tiles(const Gradients& all, int blocks, cudaStream_t stream) {
+  const int splits = all.splits;
   const auto kernel = gradient_kernel<Scalar, kRanks, kWarps, kStages>;
   constexpr int kBytes = kWarps * Ring<kRanks, kStages>::kBytes;
   const cudaError_t error =
@@ -297,13 +306,13 @@ cudaError_t launch_tiles(Gradient a, int splits, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = splits > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, a);
+  return cudaLaunchKernelEx(&config, kernel, all);
 }
 
 // As many blocks as there are processors, but no warp of one stage; where the kernel was compiled
 // without clusters, no more than there are shares, whatever the card could do.
 template <typename Scalar, int kRanks, int kWarps, int kStages>
-cudaError_t launch_ranks(const Gradient& a, cudaStream_t stream) {
+cudaError_t launch_ranks(Gradients all, int count, cudaStream_t stream) {
   int device = 0, processors = 0;
   cudaFuncAttributes compiled = {};
   cudaGetDevice(&device);
@@ -311,35 +320,41 @@ cudaError_t launch_ranks(const Gradient& a, cudaStream_t stream) {
   const cudaError_t error =
       cudaFuncGetAttributes(&compiled, gradient_kernel<Scalar, kRanks, kWarps, kStages>);
   if (error != cudaSuccess) return error;
-  Gradient shared = a;
-  const int blocks = share_out(shared, kSlab, 16 * kRanks);
-  const int steps = (a.tokens + kSteps * kWarps - 1) / (kSteps * kWarps);
-  int splits = 1;
-  while (compiled.ptxVersion >= kClusters && splits < 8 && 4 * splits <= steps &&
-         2 * splits * blocks <= processors) {
-    splits *= 2;
+  int blocks = 0, tokens = 0;
+  for (int i = 0; i < count; ++i) {
+    blocks += share_out(all.of[i], kSlab, 16 * kRanks);
+    all.ends[i] = blocks;
+    tokens = all.of[i].tokens > tokens ? all.of[i].tokens : tokens;
   }
-  return launch_tiles<Scalar, kRanks, kWarps, kStages>(a, splits, stream);
+  const int steps = (tokens + kSteps * kWarps - 1) / (kSteps * kWarps);
+  all.splits = 1;
+  while (compiled.ptxVersion >= kClusters && all.splits < 8 && 4 * all.splits <= steps &&
+         2 * all.splits * blocks <= processors) {
+    all.splits *= 2;
+  }
+  return launch_tiles<Scalar, kRanks, kWarps, kStages>(all, blocks, stream);
 }
 
 template <typename Scalar>
-cudaError_t launch(const Gradient& a, cudaStream_t stream) {
-  if (a.ranks <= 16) return launch_ranks<Scalar, 1, 8, 4>(a, stream);
-  return launch_ranks<Scalar, 2, 8, 3>(a, stream);
+cudaError_t launch(const Gradients& all, int count, cudaStream_t stream) {
+  int ranks = 0;
+  for (int i = 0; i < count; ++i) ranks = all.of[i].ranks > ranks ? all.of[i].ranks : ranks;
+  if (ranks <= 16) return launch_ranks<Scalar, 1, 8, 4>(all, count, stream);
+  return launch_ranks<Scalar, 2, 8, 3>(all, count, stream);
 }
 
 template <>
-cudaError_t launch<float>(const Gradient& a, cudaStream_t stream) {
-  Gradient shared = a;
-  const int blocks = share_out(shared, kFloatSlab, kFloatRanks);
-  float_gradient_kernel<<<static_cast<unsigned int>(blocks), 32 * kFloatWarps, 0, stream>>>(shared);
+cudaError_t launch<float>(const Gradients& all, int count, cudaStream_t stream) {
+  for (int i = 0; i < count; ++i) {
+    Gradient shared = all.of[i];
+    const int blocks = share_out(shared, kFloatSlab, kFloatRanks);
+    float_gradient_kernel<<<static_cast<unsigned int>(blocks), 32 * kFloatWarps, 0, stream>>>(
+        shared);
+  }
   return cudaSuccess;
 }
 
-}  // namespace
-
-const char* launch_lora_gradient(const LoraGradientArguments& arguments, void* stream) {
-  if (arguments.tokens == 0 || arguments.inputs == 0) return nullptr;
+Gradient gradient_of(const LoraGradientArguments& arguments) {
   const int64_t vector = vector_size(arguments.type);
   const auto product = [&](const void* wide, const void* small, float* total, int64_t wide_stride,
                            int64_t small_stride) {
@@ -365,10 +380,23 @@ const char* launch_lora_gradient(const LoraGradientArguments& arguments, void* s
   a.tokens = static_cast<int>(arguments.tokens);
   a.rank = static_cast<int>(arguments.rank);
   a.ranks = static_cast<int>(arguments.ranks);
-  a.splits = 1;
+  return a;
+}
+
+}  // namespace
+
+const char* launch_lora_gradients(const LoraGradientArguments* arguments, int count,
+                                  void* stream) {
+  Gradients all = {};
+  int kept = 0;
+  for (int i = 0; i < count; ++i) {
+    if (arguments[i].tokens == 0 || arguments[i].inputs == 0) continue;
+    all.of[kept++] = gradient_of(arguments[i]);
+  }
+  if (kept == 0) return nullptr;
   cudaError_t error = cudaSuccess;
-  const char* queued = with_type(arguments.type, [&]<typename Scalar>() {
-    error = launch<Scalar>(a, static_cast<cudaStream_t>(stream));
+  const char* queued = with_type(arguments[0].type, [&]<typename Scalar>() {
+    error = launch<Scalar>(all, kept, static_cast<cudaStream_t>(stream));
   });
   return error == cudaSuccess ? queued : cudaGetErrorString(error);
 }

@@ -12,9 +12,8 @@
 namespace eri {
 namespace {
 
-constexpr int kTokens = 8;       // rows of a block
-constexpr int kTileRanks = 16;   // of a product
-constexpr int kNarrowWarps = 8;  // of a block
+constexpr int kTokens = 8;      // rows of a product
+constexpr int kTileRanks = 16;  // ranks of one
 
 template <typename Scalar>
 struct Narrow {
@@ -45,34 +44,37 @@ __device__ __forceinline__ void add_vector(float (&sums)[4], const Narrow<Scalar
   multiply<Scalar>(sums, second, row.words[2], row.words[3]);
 }
 
-// What the warps of a block have added up, a tile of ranks after the other.
-template <int kTiles>
+// What the warps of a block have added up, a tile of ranks after the other: kParts of them share
+// the columns of the same eight rows, and kRows such eights are the block's.
+template <int kTiles, int kParts, int kRows>
 struct Sums {
   static constexpr int kRow = kTileRanks + 4;  // of a token, so that lanes meet different banks
-  float of[kNarrowWarps][kTiles][kTokens][kRow];
+  static constexpr int kThreads = 32 * kParts * kRows;
+  float of[kParts][kTiles][kRows * kTokens][kRow];
 
-  __device__ __forceinline__ void put(int tile, const float (&sums)[4]) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, rank = lane / 4, token = lane % 4 * 2;
-    auto& mine = of[threadIdx.x / 32][tile];
+  __device__ __forceinline__ void put(int part, int rows, int tile, const float (&sums)[4]) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, rank = lane / 4;
+    const int token = rows * kTokens + lane % 4 * 2;
+    auto& mine = of[part][tile];
     mine[token][rank] = sums[0];
     mine[token + 1][rank] = sums[1];
     mine[token][rank + 8] = sums[2];
     mine[token + 1][rank + 8] = sums[3];
   }
 
-  // Adds the warps up in their order, and writes H twice: compact, and behind the rows it is of.
+  // Adds the parts up in their order, and writes H twice: compact, and behind the rows it is of.
   template <typename Scalar>
   __device__ __forceinline__ void write(const Narrow<Scalar>& narrow, int64_t first_row,
                                         int64_t rows, Rows<uint4> result, int columns) const {
     const int words = narrow.ranks / 2;
-    for (int i = static_cast<int>(threadIdx.x); i < kTokens * words; i += 32 * kNarrowWarps) {
+    for (int i = static_cast<int>(threadIdx.x); i < kRows * kTokens * words; i += kThreads) {
       const int token = i / words, word = i % words;
       const int64_t row = first_row + token;
       if (row >= rows) return;
       float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
-      for (int w = 0; w < kNarrowWarps; ++w) {
-        const float* from = &of[w][2 * word / kTileRanks][token][2 * word % kTileRanks];
+      for (int part = 0; part < kParts; ++part) {
+        const float* from = &of[part][2 * word / kTileRanks][token][2 * word % kTileRanks];
         sum.x += from[0];
         sum.y += from[1];
       }
