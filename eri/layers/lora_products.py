@@ -52,6 +52,7 @@ __all__ = [
 PADDING = 8  # of a layer's rank
 MOST_RANKS = 4096  # of all layers side by side, padded
 MOST_GRADIENTS = 4  # of one launch
+MOST_TOGETHER = 2048  # tokens of gradients that share a launch: more fill an H200 alone
 
 
 class Narrow(NamedTuple):
@@ -240,7 +241,7 @@ def lora_gradient(  # noqa: PLR0917 - the signature of the op
 def lora_gradients(pieces: Sequence[Gradient]) -> None:
     """What `lora_gradient` does for each, none of which reads or writes what another writes.
 
-    A launch takes up to four, so that small ones fill a card together.
+    A launch takes up to four small ones, so that they fill a card together.
     """
     while pieces:
         some, pieces = pieces[:MOST_GRADIENTS], pieces[MOST_GRADIENTS:]
@@ -252,9 +253,9 @@ def lora_gradients(pieces: Sequence[Gradient]) -> None:
 
 
 def _alike(pieces: Sequence[Gradient]) -> bool:
-    """Whether one launch can take them: all of a type, and the kernel takes each of them."""
+    """Whether to take one launch: they are small, of a type, and the kernel takes each of them."""
     return len({one.dy.dtype for one in pieces}) == 1 and all(
-        _unsupported_gradient(one) is None for one in pieces
+        len(one.dy) <= MOST_TOGETHER and _unsupported_gradient(one) is None for one in pieces
     )
 
 

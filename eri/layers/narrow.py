@@ -1,17 +1,18 @@
-r"""Norms and gates that make the narrow product of what they write on the way.
+r"""Norms that make the narrow product of what they write on the way.
 
 $$H = s\,x A^T$$
 
 of their results x, and P of the gradients that they pass on, as `eri.layers.lora_products` has it;
-both go behind the rows that they are of, too. The rows are still in registers then: what is saved
-is that they are read again, and a launch. The numbers that are multiplied are those that are
-written, in 16 bits, and sums are float32 in an order that never changes.
+both go behind the rows that they are of, too. The rows are on the chip still: what is saved is that
+they are read again, and a launch. The numbers that are multiplied are those that are written, in 16
+bits, and sums are float32 in an order that never changes. Gates do not: their rows are so wide that
+reading the ranks beside them takes as long as reading them again.
 
 Source: "down-projection in the producer": Zhu et al., "LoRAFusion", arXiv 2510.00206, section 3.
 
-Limits of the kernels: those of `eri.layers.geglu` and `eri.layers.layer_norm`; float16 or bfloat16;
-up to 48 ranks; norms of up to 1280 numbers, which are of a sum, or have a residual; gates of 4096
-rows or more. Whatever else is asked is made by one kernel after the other.
+Limits of the kernels: those of `eri.layers.layer_norm`; float16 or bfloat16; up to 48 ranks; rows
+of up to 1280 numbers, which are a sum, or have a residual. Whatever else is asked is made by one
+kernel after the other.
 
 Measured with `pytest -s -m gpu tests/layers/test_narrow.py -k bandwidth`.
 """
@@ -23,32 +24,19 @@ import torch
 from torch import Tensor, nn
 from torch.library import Library
 
-from eri.layers import geglu as gate
 from eri.layers import layer_norm as norms
 from eri.layers.backend import kernels_ready
 from eri.layers.lora_products import Narrow, lora_down, lora_down_reference
 from eri.layers.lora_products import unsupported as unsupported_product
 from eri.layers.vectors import aligned_rows
 
-__all__ = [
-    "add_layer_norm_narrow",
-    "geglu_backward_narrow",
-    "geglu_narrow",
-    "layer_norm_backward_narrow",
-]
+__all__ = ["add_layer_norm_narrow", "layer_norm_backward_narrow"]
 
 MOST_RANKS = 48
 MOST_WIDTH = 1280  # of a norm
-FEWEST_ROWS = 4096  # of a gate: fewer, 32 to a block, leave processors of an H200 without work
 
 LIBRARY = Library("eri", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag,)
-LIBRARY.define("geglu_narrow(Tensor u, Tensor down, float scale) -> (Tensor, Tensor)", tags=TAGS)
-LIBRARY.define(
-    "geglu_backward_narrow(Tensor da, Tensor u, Tensor down, float scale)"
-    " -> (Tensor, Tensor, Tensor)",
-    tags=TAGS,
-)
 LIBRARY.define(
     "add_layer_norm_narrow(Tensor x, Tensor added, Tensor weight, Tensor bias, float eps,"
     " Tensor down, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -59,18 +47,6 @@ LIBRARY.define(
     " Tensor residual, Tensor down, float scale) -> (Tensor, Tensor, Tensor)",
     tags=TAGS,
 )
-
-
-def _geglu_narrow(u: Tensor, down: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    a = torch.ops.eri.geglu(u, len(down))
-    return a, lora_down_reference(a, down, 1, scale)
-
-
-def _geglu_backward_narrow(
-    da: Tensor, u: Tensor, down: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    du, a = torch.ops.eri.geglu_backward(da, u, len(down))
-    return du, a, lora_down_reference(du, down, 1, scale)
 
 
 def _add_layer_norm_narrow(  # noqa: PLR0917 - the signature of the op
@@ -108,40 +84,19 @@ def _register(run: Callable[..., Any]) -> None:
     torch.library.register_fake(f"eri::{name}", run, lib=LIBRARY)
 
 
-_register(_geglu_narrow)
-_register(_geglu_backward_narrow)
 _register(_add_layer_norm_narrow)
 _register(_layer_norm_backward_narrow)
-
-
-def geglu_narrow(u: Tensor, narrow: Narrow | None) -> tuple[Tensor, Tensor | None]:
-    """What `geglu` gives, and H of it `[rows, R]`; None where there is no product to make.
-
-    Raises:
-        ConfigError: the backend is `cuda` and a kernel cannot be used.
-    """
-    if narrow is not None and _fuses_gate(u, narrow):
-        return torch.ops.eri.geglu_narrow(aligned_rows(u), narrow.down, narrow.scale)
-    a = gate.geglu(u, _tail(narrow))
-    return a, _then(a, narrow)
-
-
-def geglu_backward_narrow(
-    da: Tensor, u: Tensor, narrow: Narrow | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What `geglu_backward` gives, and P of the gradient of u; see `geglu_narrow`."""
-    if narrow is not None and _fuses_gate(u, narrow):
-        rows = aligned_rows(da), aligned_rows(u)
-        return torch.ops.eri.geglu_backward_narrow(*rows, narrow.down, narrow.scale)
-    du, a = gate.geglu_backward(da, u, _tail(narrow))
-    return du, a, _then(du, narrow)
 
 
 def add_layer_norm_narrow(
     x: Tensor, added: Tensor, norm: nn.LayerNorm, narrow: Narrow | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What `add_layer_norm` gives, and H of the norm; see `geglu_narrow`."""
-    if narrow is not None and _fuses_norm(x, norm, narrow):
+    """What `add_layer_norm` gives, and H of the norm `[rows, R]`; None where there is no product.
+
+    Raises:
+        ConfigError: the backend is `cuda` and a kernel cannot be used.
+    """
+    if narrow is not None and _fuses(x, norm, narrow):
         rows = aligned_rows(x), aligned_rows(added.view(x.shape))
         total, *others = torch.ops.eri.add_layer_norm_narrow(
             *rows, norm.weight, norm.bias, norm.eps, narrow.down, narrow.scale
@@ -159,8 +114,8 @@ def layer_norm_backward_narrow(  # noqa: PLR0917 - the signature of the op
     residual: Tensor,
     narrow: Narrow | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What `layer_norm_backward` gives, and P of the gradient of x; see `geglu_narrow`."""
-    if narrow is not None and _fuses_norm(x, norm, narrow):
+    """What `layer_norm_backward` gives, and P of the gradient of x, likewise."""
+    if narrow is not None and _fuses(x, norm, narrow):
         rows = aligned_rows(dn.view(x.shape)), aligned_rows(x), mean_rstd, norm.weight, norm.bias
         added = aligned_rows(residual.view(x.shape))
         return torch.ops.eri.layer_norm_backward_narrow(*rows, added, narrow.down, narrow.scale)
@@ -176,23 +131,15 @@ def _then(rows: Tensor, narrow: Narrow | None) -> Tensor | None:
     return None if narrow is None else lora_down(rows, *narrow)
 
 
-def _fuses_gate(u: Tensor, narrow: Narrow) -> bool:
-    rows = u.numel() // u.shape[-1]
-    return rows >= FEWEST_ROWS and _fuses(u, narrow, gate.unsupported(u))
-
-
-def _fuses_norm(x: Tensor, norm: nn.LayerNorm, narrow: Narrow) -> bool:
-    return x.shape[-1] <= MOST_WIDTH and _fuses(x, narrow, norms.unsupported(x, norm.weight))
-
-
-def _fuses(x: Tensor, narrow: Narrow, reason: str | None) -> bool:
-    """Whether one kernel can do both; `reason`: why not even the first."""
+def _fuses(x: Tensor, norm: nn.LayerNorm, narrow: Narrow) -> bool:
+    """Whether one kernel can do both."""
     ranks = len(narrow.down)
     return (
         x.dtype in {torch.float16, torch.bfloat16}
+        and x.shape[-1] <= MOST_WIDTH
         and narrow.groups == 1
         and ranks <= MOST_RANKS
-        and reason is None
+        and norms.unsupported(x, norm.weight) is None
         and unsupported_product(ranks, {}, down=narrow.down) is None
         and kernels_ready(x.device)
     )

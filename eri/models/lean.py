@@ -7,8 +7,8 @@ r"""Transformer blocks as one function, which keeps little and fuses what lies b
 Kept for the backward pass of a block are x₀, x₁ and x₂, the projections q, k, v and what the heads
 gave, what goes into the gate, and the narrow H of each projection: 17 times tokens times width.
 Norms and gates are computed again on the way. A norm adds the residual before it, that of the
-block before included, and on the way back the gradient of the residual; and norms and gates make,
-of what they write, the narrow product of the projection that reads it next and leave it in a tail,
+block before included, and on the way back the gradient of the residual; what norms and gates write
+has a tail for the narrow product of the projection that reads it next, which norms make themselves,
 see `eri.layers.projection` and `eri.layers.narrow`. The context is projected once for all blocks.
 
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
@@ -24,15 +24,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from eri.layers.cross_attention import cross_attention, cross_attention_backward, is_fastest
+from eri.layers.geglu import geglu, geglu_backward
 from eri.layers.join_rows import join_rows
 from eri.layers.layer_norm import layer_norm
 from eri.layers.lora_products import Gradient, Narrow, lora_gradients
-from eri.layers.narrow import (
-    add_layer_norm_narrow,
-    geglu_backward_narrow,
-    geglu_narrow,
-    layer_norm_backward_narrow,
-)
+from eri.layers.narrow import add_layer_norm_narrow, layer_norm_backward_narrow
 from eri.layers.projection import Projection
 from eri.layers.sdpa import Kept, sdpa, sdpa_backward
 
@@ -211,7 +207,7 @@ def _forward(
     y, h_cross_out = parts.cross_out.forward(cross_o)
     x2, n, moments3, h = add_layer_norm_narrow(x1, y, parts.norms[2], parts.ff_in.of_input())
     u, h_ff_in = parts.ff_in.forward(n, h)
-    y, h_ff_out = parts.ff_out.forward(*geglu_narrow(u, parts.ff_out.of_input()))
+    y, h_ff_out = parts.ff_out.forward(geglu(u, parts.ff_out.tail))
     trace = _Trace(
         x1=x1,
         x2=x2,
@@ -258,12 +254,13 @@ class _WayBack:
         *_, h_in, h_out = self.trace.hidden
         u = inner.forward(self._norm(2, inner))[0] if self.trace.u is None else self.trace.u
         da, p_out = outer.backward(g, p)
-        du, a, p_in = geglu_backward_narrow(da, u, inner.of_gradient())
+        du, a = geglu_backward(da, u, inner.tail)
         del u, da
-        dn, p_in = inner.backward(du, p_in)
+        lora_gradients(outer.gradients(g, a, p_out, h_out))
+        del a
+        dn, p_in = inner.backward(du)
         d_sum, n, p = self._through_norm(2, dn, g, self.parts.cross_out.of_gradient())
-        of_outer = outer.gradients(g, a, p_out, h_out)
-        lora_gradients([*inner.gradients(du, n, p_in, h_in), *of_outer])
+        lora_gradients(inner.gradients(du, n, p_in, h_in))
         return d_sum, p
 
     def cross_attention(

@@ -1,4 +1,4 @@
-"""Norms and gates with a narrow product are the two of them, one after the other."""
+"""Norms with a narrow product are the two of them, one after the other."""
 
 from collections.abc import Callable
 
@@ -8,15 +8,12 @@ from torch import Tensor, nn
 
 from eri.layers.backend import set_backend
 from eri.layers.build import SOURCES
-from eri.layers.geglu import geglu, geglu_backward
-from eri.layers.layer_norm import add_layer_norm, layer_norm_backward
+from eri.layers.layer_norm import add_layer_norm
 from eri.layers.lora_products import Narrow, lora_down
 from eri.layers.narrow import (
     MOST_RANKS,
     MOST_WIDTH,
     add_layer_norm_narrow,
-    geglu_backward_narrow,
-    geglu_narrow,
     layer_norm_backward_narrow,
 )
 from tests.kernel_checks import (
@@ -30,8 +27,7 @@ from tests.kernel_checks import (
 )
 
 TYPES = [torch.float16, torch.bfloat16]
-CASES = ["geglu", "geglu backward", "norm", "norm backward"]
-Case = tuple[Callable[[Narrow | None], tuple[Tensor, ...]], Tensor, int]
+CASES = ["norm", "norm backward"]
 
 
 def case(
@@ -40,30 +36,22 @@ def case(
     width: int,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
-) -> tuple[Callable[[Narrow | None], tuple[Tensor | None, ...]], int, int]:
-    """The two as one; which of its results has the tail, and how wide that is."""
+) -> tuple[Callable[[Narrow | None], tuple[Tensor | None, ...]], int]:
+    """The two as one, and which of its results has the tail."""
 
-    def random(columns: int) -> Tensor:
-        return with_gaps(torch.randn(rows, columns, device=device).to(dtype), 8)
+    def random() -> Tensor:
+        return with_gaps(torch.randn(rows, width, device=device).to(dtype), 8)
 
-    if name == "geglu":
-        u = random(2 * width)
-        return lambda narrow: geglu_narrow(u, narrow), 0, width
-    if name == "geglu backward":
-        da, u = random(width), random(2 * width)
-        return lambda narrow: geglu_backward_narrow(da, u, narrow), 0, 2 * width
-    norm = nn.LayerNorm(width, device=device).to(dtype)
+    norm = nn.LayerNorm(width, device=device).to(dtype).requires_grad_(False)
     for parameter in norm.parameters():
-        parameter.data.normal_().requires_grad_(False)
-    norm.requires_grad_(False)
-    x, other, residual = random(width), random(width), random(width)
+        parameter.data.normal_()
+    x, other, residual = random(), random(), random()
     if name == "norm":
-        return lambda narrow: add_layer_norm_narrow(x, other, norm, narrow), 1, width
+        return lambda narrow: add_layer_norm_narrow(x, other, norm, narrow), 1
     total, _, moments = add_layer_norm(x, residual, norm)
     return (
         lambda narrow: layer_norm_backward_narrow(other, total, moments, norm, residual, narrow),
         0,
-        width,
     )
 
 
@@ -76,7 +64,8 @@ def narrow_of(
 
 @pytest.mark.parametrize("name", CASES)
 def test_they_are_one_after_the_other(name: str) -> None:
-    run, place, width = case(name, 5, 16)
+    width = 16
+    run, place = case(name, 5, width)
     narrow = narrow_of(8, width, torch.float64)
     *found, h = run(narrow)
     *expected, nothing = run(None)
@@ -101,14 +90,11 @@ def test_the_ops_are_registered_as_pytorch_wants_them(device: torch.device) -> N
     if device.type == "cuda":
         dtype = torch.bfloat16
         set_backend("cuda")
-        geglu(torch.zeros(1, 16, device="cuda"))
+        lora_down(torch.zeros(1, 16, device="cuda"), torch.zeros(8, 16, device="cuda"), 1, 1.0)
     down, x = torch.randn(8, 16, device=device).to(dtype), torch.randn(2, 3, 16, device=device)
     x = x.to(dtype)
     weight, bias, moments = x[0, 0].clone(), x[0, 1].clone(), torch.rand(6, 2, device=device)
     ops, options = torch.ops.eri, {"test_utils": WITHOUT_VALUES}
-    torch.library.opcheck(ops.geglu_narrow.default, (x, down[:, :8], 0.5), **options)
-    gradients = x[..., :8].contiguous(), x, down, 0.5
-    torch.library.opcheck(ops.geglu_backward_narrow.default, gradients, **options)
     norm = x, x, weight, bias, 1e-5, down, 0.5
     torch.library.opcheck(ops.add_layer_norm_narrow.default, norm, **options)
     norm = x, x, moments, weight, bias, x, down, 0.5
@@ -118,19 +104,10 @@ def test_the_ops_are_registered_as_pytorch_wants_them(device: torch.device) -> N
 # ------------------------------------------------------------------------------------- the kernels
 
 gpu = pytest.mark.gpu
-
-
-@pytest.fixture
-def any_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gates of a few rows, too, take the kernel that makes both."""
-    monkeypatch.setattr("eri.layers.narrow.FEWEST_ROWS", 1)
-
-
 WIDTHS = [8, 24, 40, 320, 640, 648, 1280]
 
 
 @gpu
-@pytest.mark.usefixtures("any_rows")
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("ranks", [8, 16, 24, 32, 40, 48])
 @pytest.mark.parametrize("name", CASES)
@@ -138,10 +115,9 @@ def test_the_kernels_are_no_less_exact_than_one_after_the_other(
     name: str, ranks: int, dtype: torch.dtype
 ) -> None:
     set_backend("cuda")
-    wide = [] if "norm" in name else [2560, 5120]
     for rows in (1, 7, 8, 77, 1024):
-        for columns in (*WIDTHS, *wide):
-            run, place, width = case(name, rows, columns, dtype, "cuda")
+        for width in WIDTHS:
+            run, place = case(name, rows, width, dtype, "cuda")
             narrow = narrow_of(ranks, width, dtype, "cuda")
             with poison():
                 *found, h = run(narrow)
@@ -160,12 +136,11 @@ def test_the_kernels_are_no_less_exact_than_one_after_the_other(
 
 
 @gpu
-@pytest.mark.usefixtures("any_rows")
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernels_give_the_same_bits_twice_and_in_a_graph(name: str) -> None:
     set_backend("cuda")
-    run, _, width = case(name, 1000, 640, torch.bfloat16, "cuda")
-    narrow = narrow_of(16, width, torch.bfloat16, "cuda")
+    run, _ = case(name, 1000, 640, torch.bfloat16, "cuda")
+    narrow = narrow_of(16, 640, torch.bfloat16, "cuda")
     first, again = run(narrow), run(narrow)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -177,14 +152,14 @@ def test_the_kernels_give_the_same_bits_twice_and_in_a_graph(name: str) -> None:
 
 
 @gpu
-@pytest.mark.usefixtures("any_rows")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("ranks", "dtype"), [(56, torch.bfloat16), (16, torch.float32)])
 def test_what_the_kernels_cannot_do_two_kernels_do(
     name: str, ranks: int, dtype: torch.dtype
 ) -> None:
     set_backend("cuda")  # which refuses PyTorch's own operations
-    run, place, width = case(name, 9, 64, dtype, "cuda")
+    width = 64
+    run, place = case(name, 9, width, dtype, "cuda")
     narrow = narrow_of(ranks, width, dtype, "cuda")
     *found, h = run(narrow)
     rows = found[place]
@@ -197,52 +172,39 @@ def test_what_the_kernels_cannot_do_two_kernels_do(
 @gpu
 def test_the_ops_name_what_they_cannot_take() -> None:
     set_backend("cuda")
-    u = torch.zeros(2, 32, device="cuda").bfloat16()
-    geglu(u)
+    x = torch.zeros(2, 16, device="cuda").bfloat16()
+    lora_down(x, torch.zeros(8, 16, device="cuda").bfloat16(), 1, 1.0)
+    op = torch.ops.eri.add_layer_norm_narrow
     for down, message in (
         (torch.zeros(56, 16), "down has 56 rows, expected a multiple of 8 up to 48"),
         (torch.zeros(8, 24), "down has 192 elements, expected 8 rows of 16"),
         (torch.zeros(4, 16), "down has 4 rows"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.eri.geglu_narrow(u, down.cuda().bfloat16(), 1.0)
+            op(x, x, x[0], x[0], 1e-5, down.cuda().bfloat16(), 1.0)
     with pytest.raises(RuntimeError, match="down is of type Float"):
-        torch.ops.eri.geglu_narrow(u, torch.zeros(8, 16, device="cuda"), 1.0)
+        op(x, x, x[0], x[0], 1e-5, torch.zeros(8, 16, device="cuda"), 1.0)
     x = torch.zeros(2, 1288, device="cuda").bfloat16()
     down = torch.zeros(8, 1288, device="cuda").bfloat16()
     with pytest.raises(RuntimeError, match="expected at most 1280 with a narrow product"):
-        torch.ops.eri.add_layer_norm_narrow(x, x, x[0], x[0], 1e-5, down, 1.0)
+        op(x, x, x[0], x[0], 1e-5, down, 1.0)
 
 
 @gpu
-@pytest.mark.usefixtures("any_rows")
 def test_bandwidth() -> None:
     set_backend("cuda")
     best = copy_bandwidth()
-    for rows, columns in ((4096, 1280), (16384, 640), (1024, 1280)):
-        for name, ranks in (("geglu", 16), ("geglu backward", 16), ("norm", 16), ("norm", 48),
-                            ("norm backward", 16)):  # fmt: skip
-            wide = columns if "norm" in name else 4 * columns
-            cases = [case(name, rows, wide, torch.bfloat16, "cuda") for _ in range(4)]
-            width = cases[0][2]
+    for rows, width in ((4096, 1280), (16384, 640), (1024, 1280)):
+        for name, ranks in (("norm", 16), ("norm", 48), ("norm backward", 16)):
+            cases = [case(name, rows, width, torch.bfloat16, "cuda") for _ in range(4)]
             narrow = narrow_of(ranks, width, torch.bfloat16, "cuda")
-            fused = microseconds(lambda i, c=cases, n=narrow: c[i][0](n))
+            both = microseconds(lambda i, c=cases, n=narrow: c[i][0](n))
             alone = microseconds(lambda i, c=cases: c[i][0](None))
             spare = torch.randn(rows, width, device="cuda").bfloat16()
             product = microseconds(lambda _, s=spare, n=narrow: lora_down(s, *n))
-            size = {"geglu": 6, "geglu backward": 12, "norm": 8, "norm backward": 10}[name]
-            share = size * rows * wide / fused / best * 1e6
-            print(f"\n{name} {rows} x {wide}, {ranks} ranks: {fused:.1f} us, {share:.0%} of a copy;"
-                  f" apart {alone:.1f} + {product:.1f} us", end="")  # fmt: skip
-
-
-def test_without_kernels_geglu_backward_is_the_base_op() -> None:
-    u, da = torch.randn(3, 16), torch.randn(3, 8)
-    assert all(map(torch.equal, geglu_backward_narrow(da, u, None)[:2], geglu_backward(da, u)))
-
-
-def test_a_norm_of_one_row_is_the_base_op() -> None:
-    norm, x = nn.LayerNorm(8), torch.randn(1, 8)
-    moments = add_layer_norm(x, x, norm)[2]
-    found = layer_norm_backward_narrow(x, x, moments, norm, x, None)[:2]
-    assert all(map(torch.equal, found, layer_norm_backward(x, x, moments, norm, x)))
+            size = {"norm": 8, "norm backward": 10}[name] * rows * width
+            print(
+                f"\n{name} {rows} x {width}, {ranks} ranks: {both:.1f} us, "
+                f"{size / both / best * 1e6:.0%} of a copy; apart {alone:.1f} + {product:.1f} us",
+                end="",
+            )

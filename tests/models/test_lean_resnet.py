@@ -246,7 +246,8 @@ def test_no_pass_over_a_map_is_wasted(out: int) -> None:
     dy = torch.randn(2, out, 64, 5, device="cuda").bfloat16()
     dy = dy.contiguous(memory_format=torch.channels_last)
     answers(block, x, temb, dy)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         answers(block, x, temb, dy)
     launched = [event.name for event in profile.events() or []]
     assert any("moments_kernel" in name for name in launched), launched

@@ -1,11 +1,10 @@
-// Checks of `eri::geglu`, `eri::geglu_backward` and both with a narrow product, and their CUDA
-// implementation; the schemas are in eri/layers/geglu.py and eri/layers/narrow.py.
+// Checks of `eri::geglu` and `eri::geglu_backward` and their CUDA implementation; the schemas are
+// in eri/layers/geglu.py.
 
 #include "geglu.h"
 
 #include <tuple>
 
-#include "narrow_binding.h"
 #include "op.h"
 
 namespace eri {
@@ -40,51 +39,25 @@ Tensor result_of(GegluArguments& arguments, const Tensor& u, int64_t width, int6
   return result;
 }
 
-Tensor forward(GegluArguments& arguments, const Tensor& u, int64_t tail) {
+Tensor geglu(const Tensor& u, int64_t tail) {
+  GegluArguments arguments = arguments_of(u, tail);
+  const DeviceGuard guard(u.get_device_index());
   Tensor a = result_of(arguments, u, arguments.width, tail);
   op.check_launch(launch_geglu(arguments, current_stream(u.get_device_index())));
   return a;
 }
 
-std::tuple<Tensor, Tensor> backward(GegluArguments& arguments, const Tensor& da, const Tensor& u,
-                                    int64_t tail) {
+std::tuple<Tensor, Tensor> geglu_backward(const Tensor& da, const Tensor& u, int64_t tail) {
+  GegluArguments arguments = arguments_of(u, tail);
   op.check_kind("da", da, u.get_device_index(), u.scalar_type());
   arguments.da_stride = op.check_rows("da", da, arguments.rows, arguments.width);
   arguments.da = da.const_data_ptr();
+  const DeviceGuard guard(u.get_device_index());
   Tensor du = result_of(arguments, u, 2 * arguments.width, tail);
   Tensor a = torch::stable::new_empty(u, {arguments.rows, arguments.width});
   arguments.again = a.mutable_data_ptr();
   op.check_launch(launch_geglu_backward(arguments, current_stream(u.get_device_index())));
   return {du, a};
-}
-
-Tensor geglu(const Tensor& u, int64_t tail) {
-  GegluArguments arguments = arguments_of(u, tail);
-  const DeviceGuard guard(u.get_device_index());
-  return forward(arguments, u, tail);
-}
-
-std::tuple<Tensor, Tensor> geglu_backward(const Tensor& da, const Tensor& u, int64_t tail) {
-  GegluArguments arguments = arguments_of(u, tail);
-  const DeviceGuard guard(u.get_device_index());
-  return backward(arguments, da, u, tail);
-}
-
-std::tuple<Tensor, Tensor> geglu_narrow(const Tensor& u, const Tensor& down, double scale) {
-  GegluArguments arguments = arguments_of(u, 0);
-  const DeviceGuard guard(u.get_device_index());
-  Tensor h = check_narrow(op, arguments.narrow, down, scale, arguments.rows, arguments.width, u);
-  return {forward(arguments, u, arguments.narrow.ranks), h};
-}
-
-std::tuple<Tensor, Tensor, Tensor> geglu_backward_narrow(const Tensor& da, const Tensor& u,
-                                                         const Tensor& down, double scale) {
-  GegluArguments arguments = arguments_of(u, 0);
-  const DeviceGuard guard(u.get_device_index());
-  Tensor h =
-      check_narrow(op, arguments.narrow, down, scale, arguments.rows, 2 * arguments.width, u);
-  auto [du, a] = backward(arguments, da, u, arguments.narrow.ranks);
-  return {du, a, h};
 }
 
 }  // namespace
@@ -93,6 +66,4 @@ std::tuple<Tensor, Tensor, Tensor> geglu_backward_narrow(const Tensor& da, const
 STABLE_TORCH_LIBRARY_IMPL(eri, CUDA, m) {
   m.impl("geglu", TORCH_BOX(&eri::geglu));
   m.impl("geglu_backward", TORCH_BOX(&eri::geglu_backward));
-  m.impl("geglu_narrow", TORCH_BOX(&eri::geglu_narrow));
-  m.impl("geglu_backward_narrow", TORCH_BOX(&eri::geglu_backward_narrow));
 }

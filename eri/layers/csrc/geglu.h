@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "float_type.h"
-#include "narrow_arguments.h"
 
 namespace eri {
 
@@ -24,12 +23,10 @@ struct GegluArguments {
   int64_t u_stride;       //
   int64_t da_stride;      //
   int64_t result_stride;  //
-  NarrowArguments narrow;  // of the result
 };
 
 // Each queues one kernel on a cudaStream_t; returns null, or what CUDA says is wrong.
 const char* launch_geglu(const GegluArguments& arguments, void* stream);
 const char* launch_geglu_backward(const GegluArguments& arguments, void* stream);
-const char* launch_geglu_narrow(const GegluArguments& arguments, void* stream);  // either, 16 bits
 
 }  // namespace eri

@@ -5,13 +5,82 @@
 #include "launch.h"
 #include "layer_norm.h"
 #include "layer_norm_rows.h"
-#include "narrow.h"
+#include "lora_tiles.h"
 
 namespace eri {
 namespace {
 
+constexpr int kTokens = 8;      // rows of a block, a warp each
+constexpr int kTileRanks = 16;  // of a product
 constexpr int kTiles = kNarrowRanks / kTileRanks;
-constexpr int kWarps = kTokens;  // of a block
+
+template <typename Scalar>
+struct Narrow {
+  const uint4* down;  // [ranks, numbers of a row]
+  int64_t stride;     // vectors from one rank to the next
+  uint32_t* hidden;   // H [rows, ranks], two numbers in a word
+  int ranks;          // a multiple of 8
+  float scale;
+};
+
+template <typename Scalar>
+Narrow<Scalar> narrow_of(const NarrowArguments& a) {
+  return {static_cast<const uint4*>(a.down), a.down_stride / Vector<Scalar>::kSize,
+          static_cast<uint32_t*>(a.hidden), static_cast<int>(a.ranks), a.scale};
+}
+
+// sums += ranks of a tile times a vector of the lane's row, which lies at this column.
+template <typename Scalar>
+__device__ __forceinline__ void add_vector(float (&sums)[4], const Narrow<Scalar>& narrow, int tile,
+                                           int column, const Vector<Scalar>& row) {
+  // ranks that are not there repeat the last one and are written nowhere
+  const int rank = tile * kTileRanks + static_cast<int>(threadIdx.x) % 32 / 4;
+  const uint4 low = __ldg(narrow.down + min(rank, narrow.ranks - 1) * narrow.stride + column);
+  const uint4 high = __ldg(narrow.down + min(rank + 8, narrow.ranks - 1) * narrow.stride + column);
+  const uint32_t first[4] = {low.x, high.x, low.y, high.y};
+  const uint32_t second[4] = {low.z, high.z, low.w, high.w};
+  multiply<Scalar>(sums, first, row.words[0], row.words[1]);
+  multiply<Scalar>(sums, second, row.words[2], row.words[3]);
+}
+
+// What the warps of a block have added up, a tile of ranks after the other.
+struct Sums {
+  static constexpr int kRow = kTileRanks + 4;  // of a token, so that lanes meet different banks
+  float of[kTokens][kTiles][kTokens][kRow];
+
+  __device__ __forceinline__ void put(int tile, const float (&sums)[4]) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, rank = lane / 4, token = lane % 4 * 2;
+    auto& mine = of[threadIdx.x / 32][tile];
+    mine[token][rank] = sums[0];
+    mine[token + 1][rank] = sums[1];
+    mine[token][rank + 8] = sums[2];
+    mine[token + 1][rank + 8] = sums[3];
+  }
+
+  // Adds the warps up in their order, and writes H twice: compact, and behind the rows it is of.
+  template <typename Scalar>
+  __device__ __forceinline__ void write(const Narrow<Scalar>& narrow, int64_t first_row,
+                                        int64_t rows, Rows<uint4> result, int columns) const {
+    const int words = narrow.ranks / 2;
+    for (int i = static_cast<int>(threadIdx.x); i < kTokens * words; i += 32 * kTokens) {
+      const int token = i / words, word = i % words;
+      const int64_t row = first_row + token;
+      if (row >= rows) return;
+      float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+      for (int w = 0; w < kTokens; ++w) {
+        const float* from = &of[w][2 * word / kTileRanks][token][2 * word % kTileRanks];
+        sum.x += from[0];
+        sum.y += from[1];
+      }
+      sum.x *= narrow.scale;
+      sum.y *= narrow.scale;
+      const uint32_t packed = pack_pair(sum, Scalar());
+      narrow.hidden[row * words + word] = packed;
+      reinterpret_cast<uint32_t*>(result.first + row * result.stride + columns)[word] = packed;
+    }
+  }
+};
 
 // Rows are four vectors more than a multiple of eight apart: what four lanes each read of two rows
 // lies in different banks.
@@ -19,7 +88,7 @@ template <typename Scalar, int kHeld>
 struct Shared {
   static constexpr int kPitch = (32 * kHeld + 7) / 8 * 8 + 4;
   uint4 rows[kTokens][kPitch];
-  Sums<kTiles, kWarps, 1> sums;
+  Sums sums;
 
   // A warp's row; zeros where there is none.
   __device__ __forceinline__ void put(const Vector<Scalar> (&held)[kHeld], bool there) {
@@ -38,14 +107,14 @@ struct Shared {
     for (int tile = 0; tile < tiles; ++tile) {
       float own[4] = {};
 #pragma unroll
-      for (int first = 0; first < 32 * kHeld; first += 4 * kWarps) {
+      for (int first = 0; first < 32 * kHeld; first += 4 * kTokens) {
         const int column = first + 4 * warp + lane % 4;
         const bool there = column < shape.columns;
         // what is behind a row is zeros
         add_vector(own, narrow, tile, there ? column : 0,
                    from_words<Scalar>(rows[lane / 4][column]));
       }
-      sums.put(warp, 0, tile, own);
+      sums.put(tile, own);
     }
     __syncthreads();
     sums.write(narrow, static_cast<int64_t>(blockIdx.x) * kTokens, shape.rows, result,
@@ -54,7 +123,7 @@ struct Shared {
 };
 
 template <typename Scalar, int kHeld>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kTokens)
     forward_kernel(Rows<const uint4> x, Rows<const uint4> added, const uint4* __restrict__ weight,
                    const uint4* __restrict__ bias, Rows<uint4> total, Rows<uint4> n,
                    float2* __restrict__ mean_rstd, Shape shape, float eps,
@@ -73,7 +142,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 }
 
 template <typename Scalar, int kHeld>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kTokens)
     backward_kernel(Rows<const uint4> dn, Rows<const uint4> x, Rows<const uint4> residual,
                     const uint4* __restrict__ weight, const uint4* __restrict__ bias,
                     const float2* __restrict__ mean_rstd, Rows<uint4> dx, Rows<uint4> n,
@@ -100,11 +169,11 @@ void launch_held(const LayerNormArguments& a, const Shape& shape, cudaStream_t s
   const uint4* bias = static_cast<const uint4*>(a.bias);
   float2* moments = reinterpret_cast<float2*>(a.mean_rstd);
   if (a.dn == nullptr) {
-    forward_kernel<Scalar, kHeld><<<blocks, 32 * kWarps, 0, stream>>>(
+    forward_kernel<Scalar, kHeld><<<blocks, 32 * kTokens, 0, stream>>>(
         x, rows_of<Scalar>(a.added, a.added_stride), weight, bias, rows_of<Scalar>(a.sum, a.width),
         result, moments, shape, static_cast<float>(a.eps), narrow);
   } else {
-    backward_kernel<Scalar, kHeld><<<blocks, 32 * kWarps, 0, stream>>>(
+    backward_kernel<Scalar, kHeld><<<blocks, 32 * kTokens, 0, stream>>>(
         rows_of<Scalar>(a.dn, a.dn_stride), x, rows_of<Scalar>(a.residual, a.residual_stride),
         weight, bias, moments, result, rows_of<Scalar>(a.again, a.width), shape, narrow);
   }
