@@ -1,10 +1,13 @@
 """How exact a kernel is, and how fast: what the tests of all kernels measure alike."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+
+from eri.layers.backend import set_backend
 
 WITHOUT_VALUES = ("test_schema", "test_autograd_registration", "test_faketensor")  # of opcheck
 
@@ -17,6 +20,31 @@ def poison() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def ops_on_cpu() -> Iterator[None]:
+    """A CPU takes the ops, which are their references there, where a card takes its kernels."""
+    with patch("eri.layers.backend.no_kernels", return_value=None):
+        set_backend("cuda")
+        try:
+            yield
+        finally:
+            set_backend("auto")
+
+
+@contextmanager
+def where_ops_are(device: torch.device) -> Iterator[None]:
+    """The device takes the ops and nothing else."""
+    with ops_on_cpu() if device.type == "cpu" else nullcontext():
+        set_backend("cuda")
+        yield
+
+
+def gradients(y: Tensor, dy: Tensor, *leaves: Tensor | None) -> list[Tensor]:
+    """y, and the gradients of those leaves that have one."""
+    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y, wanted, dy)]
 
 
 def with_gaps(rows: Tensor, gap: int) -> Tensor:

@@ -11,12 +11,14 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from eri.layers import backend
+from eri.layers.add_maps import add_maps
 from eri.layers.lora_copies import LoRACopies
 from eri.layers.lora_products import lora_gradient
-from scripts.benchmark import kernel_cases, kernels
+from scripts.benchmark import kernel_cases, kernels, row_cases
 from scripts.benchmark.__main__ import parser
 from scripts.benchmark.families import FAMILIES
 from scripts.benchmark.kernel_shapes import NETS, TINY_NETS
+from scripts.benchmark.kernel_work import Case, Draw
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -76,11 +78,11 @@ def test_some_kernels_alone_can_be_timed(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     "case",
     [one for one in kernel_cases.cases(TINY_NETS) if one.kernel != "adamw"],
-    ids=lambda one: one.kernel,
+    ids=lambda one: f"{one.kernel} {one.shape}",
 )
-def test_pytorch_is_timed_on_the_same_work(case: kernel_cases.Case) -> None:
+def test_pytorch_is_timed_on_the_same_work(case: Case) -> None:
     torch.manual_seed(0)
-    ours, theirs, size = case.make(kernel_cases.Draw(CPU, torch.float32))
+    ours, theirs, size = case.make(Draw(CPU, torch.float32))
     found, expected = (results(work, changed_by(ours)) for work in (ours, theirs))
     assert expected and size > 0
     for one in expected:
@@ -91,7 +93,12 @@ def changed_by(work: Any) -> list[torch.Tensor]:
     """What is changed in place, and is no result."""
     if isinstance(work, LoRACopies):
         return [copy.target for copy in work.copies]
-    return [*work.args[4:]] if getattr(work, "func", None) is lora_gradient else []
+    function = getattr(work, "func", None)
+    if function is add_maps:
+        return [work.args[0]]
+    if function in {lora_gradient, torch.ops.eri.lora_gradients}:
+        return tree_leaves(work.args[4:])
+    return []
 
 
 def results(work: Any, changed: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -121,7 +128,7 @@ def test_a_kernel_that_fails_is_a_row_and_the_others_follow(
     def fail(*_: object) -> None:
         raise RuntimeError("CUDA error: out of memory\nmore of it")
 
-    monkeypatch.setattr(kernel_cases, "geglu", fail)
+    monkeypatch.setattr(row_cases, "geglu", fail)
     assert bench("kernels", "--tiny", "--only", "geglu", "join_rows") == 1
     *_, failed, first, second = capsys.readouterr().out.splitlines()
     assert failed.startswith("geglu ")
@@ -141,6 +148,7 @@ def test_operands_do_not_fit_into_the_cache(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_the_sizes_of_the_kernels_are_those_of_the_nets(family: str) -> None:
     from diffusers import UNet2DConditionModel
+    from diffusers.models.resnet import ResnetBlock2D
 
     net, whole = NETS[family], FAMILIES[family]
     with torch.device("meta"):
@@ -152,12 +160,14 @@ def test_the_sizes_of_the_kernels_are_those_of_the_nets(family: str) -> None:
     ]
     assert sorted(adapted) == sorted(net.adapted())
     assert len(adapted) == whole.modules
-    maps = set()
+    maps, sums = set(), set()
     for module in unet.modules():
         if isinstance(module, nn.GroupNorm):
             module.register_forward_pre_hook(lambda _, x: maps.add((x[0].shape[1], x[0].shape[2])))
+        if isinstance(module, ResnetBlock2D):
+            module.register_forward_hook(lambda *given: sums.add(given[2].shape[1:3]))
     with torch.device("meta"), torch.no_grad():
         side, words = whole.side, torch.zeros(1, 77, whole.context_dim)
         extra = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)}
         unet(torch.zeros(1, 4, side, side), torch.zeros(1), words, added_cond_kwargs=extra)
-    assert set(net.maps) == maps
+    assert set(net.maps) == maps and set(net.sums) == sums

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eri.layers import cross_attention, layer_norm, lora_products
+from eri.layers import cross_attention, layer_norm, lora_products, narrow, rope, scale_rows
 from eri.layers.backend import OLDEST
 from eri.models.lean import RECOMPUTE
 from eri.run.fast_path import leaves_fast_path
@@ -45,7 +45,7 @@ def test_every_operation_with_a_reference_has_a_row() -> None:
     for path in (ROOT / "eri/layers").glob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if any(isinstance(one, ast.FunctionDef) and one.name == "unsupported" for one in tree.body):
-            assert f"`eri.layers.{path.stem}." in named, path.stem
+            assert f"`eri.layers.{path.stem}.unsupported`" in named, path.stem
 
 
 def test_every_line_of_a_plan_has_a_row() -> None:
@@ -64,7 +64,12 @@ def test_its_numbers_are_those_of_the_code() -> None:
     assert f"more than {MOST} shapes" in first
     assert f"more than {cross_attention.FEW_KEYS} words" in first
     assert "{}, {}, {} or {}".format(*cross_attention.SIZES) in first
-    assert f"wider than {8 * layer_norm.MOST_VECTORS}" in first
+    assert f"tokens wider than {8 * layer_norm.MOST_VECTORS}" in first
+    assert f"rows wider than {8 * scale_rows.MOST_VECTORS}" in first
+    assert f"norms wider than {narrow.MOST_WIDTH}" in first
+    ranks = narrow.MOST_RANKS // 3 // 8 * 8, narrow.MOST_RANKS
+    assert "above {} for queries, keys and values, above {} for".format(*ranks) in first
+    assert rope.MOST_POSITIONS == 2**24 and "2²⁴ positions" in first
     assert f"more than {most} ranks" in first
     together = 2 * max(level.together for level in NETS["sdxl"].levels)
     for layers in (3, together, 2):  # queries, keys and values; words of SDXL and of SD1.5

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from eri.layers.add_maps import add_maps, unsupported
+
 __all__ = ["conv_input_gradient", "frozen_conv"]
 
 
@@ -39,7 +41,13 @@ class _FrozenConv(torch.autograd.Function):
         ctx.save_for_backward(weight)
         ctx.shape = x.shape
         ctx.settings = (stride, padding, dilation, False, (0, 0), groups)
-        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        if bias is None or not x.is_cuda:
+            return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        # cuDNN's convolution has no bias: PyTorch would add it in a pass of half the speed
+        y = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
+        if unsupported(y, None, bias) is None:
+            return add_maps(y, None, bias)
+        return y.add_(bias[:, None, None])
 
     @staticmethod
     @once_differentiable

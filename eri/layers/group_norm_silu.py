@@ -44,6 +44,7 @@ from eri.layers.backend import use_kernel
 from eri.layers.vectors import VECTOR, aligned, aligned_rows, type_name, unsupported_type
 
 __all__ = [
+    "group_norm_beside",
     "group_norm_silu",
     "group_norm_silu_backward",
     "group_norm_silu_backward_reference",
@@ -259,6 +260,32 @@ def group_norm_silu(x: Tensor, norm: nn.GroupNorm, *, silu: bool = True) -> Tens
     if use_kernel("group_norm_silu", x.device, lambda: unsupported(x, *arguments)):
         return torch.ops.eri.group_norm_silu(_dense(x), *arguments, norm.eps, silu)[0]
     return _Reference.apply(x, *arguments, norm.eps, silu, None)[0]
+
+
+def group_norm_beside(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    """`norm(x)`, and x for what goes around it: both gradients of x are added in one pass.
+
+    Args:
+        x: the map `[B, C, H, W]`.
+        norm: frozen.
+    """
+    return _Beside.apply(x, norm)
+
+
+class _Beside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+        n, mean_rstd = group_norm_silu_forward(x, norm, silu=False)
+        ctx.norm = norm
+        ctx.save_for_backward(x, mean_rstd)
+        return n, x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, mean_rstd = ctx.saved_tensors
+        dy, plus = grads
+        return group_norm_silu_backward(dy, x, mean_rstd, ctx.norm, plus=plus, silu=False), None
 
 
 def group_norm_silu_forward(

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from eri.layers.checks import shape_error
+from eri.layers.scale_rows import mul_rows
 from eri.layers.weights import OwnsWeights, Provider
 
 __all__ = ["MulRows"]
@@ -43,7 +44,7 @@ class MulRows(OwnsWeights):
         """
         if x.shape[-1:] != self.weight.shape:
             raise shape_error(self, x, f"[..., {self.weight.shape[0]}]")
-        return x * self.weight
+        return mul_rows(x, self.weight)
 
     def extra_repr(self) -> str:
         """The width."""

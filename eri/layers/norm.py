@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.types import Device
 
 from eri.layers.checks import check_divides, shape_error
+from eri.layers.scale_rows import rms_norm
 
 __all__ = ["GroupNorm", "LayerNorm", "RMSNorm"]
 
@@ -152,7 +152,7 @@ class RMSNorm(nn.Module):
         """
         if x.dim() == 0 or (self.hidden_size is not None and x.shape[-1] != self.hidden_size):
             raise shape_error(self, x, f"[..., {self.hidden_size or 'W'}]")
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""

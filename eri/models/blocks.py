@@ -21,7 +21,7 @@ from eri.layers import (
     LoRAAttention,
     MultiHeadAttention,
 )
-from eri.layers.group_norm_silu import group_norm_silu
+from eri.layers.group_norm_silu import group_norm_beside
 from eri.layers.projection import Projection, project
 from eri.models.lean import BlockParts, Recompute, StackParts, transformer_blocks
 from eri.models.lean_resnet import ResNetParts, resnet_block
@@ -294,7 +294,8 @@ class SpatialTransformer(nn.Module):
 
     def _lean_run(self, x: Tensor, context: Tensor | None, parts: _LeanParts) -> Tensor:
         """The result as tokens `[B, H·W, C]`; a 1×1 convolution is a linear layer on pixels."""
-        h = project(_tokens(group_norm_silu(x, self.norm, silu=False)), parts.proj_in)
+        n, x = group_norm_beside(x, self.norm)
+        h = project(_tokens(n), parts.proj_in)
         if parts.blocks is not None:
             if context is None:
                 raise ValueError("SpatialTransformer has blocks: pass their context [B, S, K]")

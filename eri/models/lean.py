@@ -256,11 +256,10 @@ class _WayBack:
         da, p_out = outer.backward(g, p)
         du, a = geglu_backward(da, u, inner.tail)
         del u, da
-        lora_gradients(outer.gradients(g, a, p_out, h_out))
-        del a
         dn, p_in = inner.backward(du)
         d_sum, n, p = self._through_norm(2, dn, g, self.parts.cross_out.of_gradient())
-        lora_gradients(inner.gradients(du, n, p_in, h_in))
+        of_outer = outer.gradients(g, a, p_out, h_out)
+        lora_gradients([*inner.gradients(du, n, p_in, h_in), *of_outer])
         return d_sum, p
 
     def cross_attention(

@@ -10,160 +10,91 @@ from the forward pass where it keeps them, and for several results of one kernel
 tails and no second copies.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eri.layers.adamw import CONTROL_SIZE, Control, adamw_, adamw_workspace
+from eri.layers.add_maps import add_maps, add_maps_reference
 from eri.layers.cross_attention import cross_attention, cross_attention_backward
-from eri.layers.geglu import geglu, geglu_backward, geglu_backward_reference, geglu_reference
-from eri.layers.group_norm_silu import group_norm_silu
+from eri.layers.group_norm_silu import group_norm_silu_backward, group_norm_silu_forward
 from eri.layers.join_rows import join_rows
-from eri.layers.layer_norm import add_layer_norm, layer_norm, layer_norm_backward
 from eri.layers.lora import MatrixCopy
 from eri.layers.lora_copies import LoRACopies
-from eri.layers.lora_products import lora_down, lora_gradient
+from eri.layers.lora_products import (
+    MOST_TOGETHER,
+    Gradient,
+    lora_down,
+    lora_gradient,
+    lora_gradients,
+)
 from eri.layers.sdpa import sdpa, sdpa_backward
 from scripts.benchmark.kernel_shapes import BATCHES, Level, Net
+from scripts.benchmark.kernel_work import Case, Draw, Work, of_table
+from scripts.benchmark.layer_cases import layer_cases
+from scripts.benchmark.row_cases import row_cases
 
-__all__ = ["KERNELS", "Case", "Draw", "Work", "cases"]
+__all__ = ["KERNELS", "cases"]
 
-Norm = TypeVar("Norm", nn.LayerNorm, nn.GroupNorm)
 ATEN = torch.ops.aten
 GROUPS = 32
+Sizes = tuple[int, int, int]  # of a map: samples, channels, side
+Layers = tuple[int, int, int]  # outputs, inputs, how many of them side by side
 ADAMW_BYTES = 4 * (2 + 3) + 4 * (3 + 1)  # read: the gradient twice, three more; written: all four
 
 
-class Work(NamedTuple):
-    """One set of operands, and what is done with it."""
-
-    ours: Callable[[], object]
-    theirs: Callable[[], object]  # PyTorch's own operations for the same
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Random operands.
-
-    Attributes:
-        device: where they are.
-        dtype: of them.
-    """
-
-    device: torch.device
-    dtype: torch.dtype = torch.bfloat16
-
-    def __call__(self, *sizes: int) -> Tensor:
-        """Normal numbers."""
-        return torch.randn(sizes, device=self.device, dtype=self.dtype)
-
-    def single(self, *sizes: int) -> Tensor:
-        """The same in float32."""
-        return torch.randn(sizes, device=self.device)
-
-    def frozen(self, norm: Norm) -> Norm:
-        """A norm with an affine map that does not train."""
-        norm = norm.to(self.device, self.dtype).requires_grad_(False)
-        norm.weight.normal_().add_(1.0)
-        norm.bias.normal_()
-        return norm
-
-
-@dataclass(frozen=True)
-class Case:
-    """A row of the table."""
-
-    kernel: str
-    net: str  # family and batch
-    shape: str
-    make: Callable[[Draw], Work]
-
-
-# ------------------------------------------------------------------------------------------- norms
-
-
-def _layer_norm(rows: int, width: int, tail: int, draw: Draw) -> Work:
-    x, norm = draw(rows, width), draw.frozen(nn.LayerNorm(width))
-    theirs = partial(F.layer_norm, x, [width], norm.weight, norm.bias)
-    return Work(partial(layer_norm, x, norm, tail), theirs, 2 * x.nbytes + 8 * rows)
-
-
-def _add_layer_norm(rows: int, width: int, tail: int, draw: Draw) -> Work:
-    x, added, norm = draw(rows, width), draw(rows, width), draw.frozen(nn.LayerNorm(width))
-
-    def theirs() -> object:
-        total = x + added
-        return total, F.layer_norm(total, [width], norm.weight, norm.bias)
-
-    return Work(partial(add_layer_norm, x, added, norm, tail), theirs, 4 * x.nbytes + 8 * rows)
-
-
-def _layer_norm_backward(rows: int, width: int, tail: int, draw: Draw) -> Work:
-    dn, x, norm = draw(rows, width), draw(rows, width), draw.frozen(nn.LayerNorm(width))
-    residual = draw(rows, width + tail)[:, :width]
-    _, moments = layer_norm(x, norm)
-    _, *kept = torch.native_layer_norm(x, [width], norm.weight, norm.bias, norm.eps)
-
-    def theirs() -> object:
-        given = (dn, x, [width], *kept, norm.weight, None, [True, False, False])
-        dx = ATEN.native_layer_norm_backward(*given)[0].add_(residual)
-        return dx, F.layer_norm(x, [width], norm.weight, norm.bias)
-
-    ours = partial(layer_norm_backward, dn, x, moments, norm, residual, tail)
-    return Work(ours, theirs, 5 * x.nbytes + 8 * rows)
+# -------------------------------------------------------------------------------------------- maps
 
 
 def _map(draw: Draw, batch: int, channels: int, side: int) -> Tensor:
     return draw(batch, side, side, channels).permute(0, 3, 1, 2)
 
 
-def _group_norm_silu(batch: int, channels: int, side: int, draw: Draw) -> Work:
-    x, norm = _map(draw, batch, channels, side), draw.frozen(nn.GroupNorm(GROUPS, channels))
-    ours = partial(group_norm_silu, x, norm)
-    return Work(ours, lambda: F.silu(norm(x), inplace=True), 2 * x.nbytes)
+def _group_norm_silu(sizes: Sizes, has_row: bool, draw: Draw) -> Work:
+    x, norm = _map(draw, *sizes), draw.frozen(nn.GroupNorm(GROUPS, sizes[1]))
+    row = draw(*sizes[:2]) if has_row else None
+    ours = partial(group_norm_silu_forward, x, norm, row)
+    return Work(ours, lambda: F.silu(norm(_with_row(x, row)), inplace=True), 2 * x.nbytes)
 
 
-def _group_norm_silu_backward(batch: int, channels: int, side: int, draw: Draw) -> Work:
-    x, da = (_map(draw, batch, channels, side) for _ in range(2))
-    norm = draw.frozen(nn.GroupNorm(GROUPS, channels))
-    affine, flat = (norm.weight, norm.bias), (batch, channels, side * side, GROUPS)
-    group_norm_silu(x, norm)  # loads the kernels
-    moments = torch.ops.eri.group_norm_silu(x, *affine, GROUPS, norm.eps, True)[1]
-    dense, da_dense = x.contiguous(), da.contiguous()  # channel by channel, as PyTorch reads it
+def _with_row(x: Tensor, row: Tensor | None) -> Tensor:
+    """A map, and what is added to each channel of a sample."""
+    return x if row is None else x + row[:, :, None, None]
+
+
+def _group_norm_silu_backward(sizes: Sizes, has_row: bool, has_map: bool, draw: Draw) -> Work:
+    x, da, plus = (_map(draw, *sizes) for _ in range(3))
+    norm, row = draw.frozen(nn.GroupNorm(GROUPS, sizes[1])), draw(*sizes[:2])
+    row, plus = row if has_row else None, plus if has_map else None
+    affine, flat = (norm.weight, norm.bias), (*sizes[:2], sizes[2] ** 2, GROUPS)
+    _, moments = group_norm_silu_forward(x, norm, row)
+    ours = partial(group_norm_silu_backward, da, x, moments, norm, row, plus)
+    # channel by channel, as PyTorch reads it
+    dense, da_dense = _with_row(x, row).contiguous(), da.contiguous()
+    plus_dense = None if plus is None else plus.contiguous()
     y, *kept = torch.native_group_norm(dense, *affine, *flat, norm.eps)
-
-    def ours() -> object:
-        return torch.ops.eri.group_norm_silu_backward(da, x, moments, *affine, GROUPS, True)
 
     def theirs() -> object:
         dy = ATEN.silu_backward(da_dense, y)
         given = (dy, dense, *kept, norm.weight, *flat, [True, False, False])
-        return ATEN.native_group_norm_backward(*given)[0]
+        dx = ATEN.native_group_norm_backward(*given)[0]
+        return dx if plus_dense is None else dx.add_(plus_dense)
 
-    return Work(ours, theirs, 3 * x.nbytes)
-
-
-# -------------------------------------------------------------------------- gates and attention
+    return Work(ours, theirs, (3 + has_map) * x.nbytes)
 
 
-def _geglu(rows: int, width: int, tail: int, draw: Draw) -> Work:
-    u = draw(rows, 2 * width)
-    return Work(partial(geglu, u, tail), partial(geglu_reference, u), 3 * u.nbytes // 2)
+def _add_maps(sizes: Sizes, draw: Draw) -> Work:
+    (y, x), bias = (_map(draw, *sizes) for _ in range(2)), draw(sizes[1])
+    return Work(
+        partial(add_maps, y, x, bias), partial(add_maps_reference, y, x, bias), 3 * x.nbytes
+    )
 
 
-def _geglu_backward(rows: int, width: int, tail: int, draw: Draw) -> Work:
-    u, da = draw(rows, 2 * width), draw(rows, width)
-
-    def theirs() -> object:
-        return geglu_backward_reference(da, u), geglu_reference(u)
-
-    return Work(partial(geglu_backward, da, u, tail), theirs, 3 * u.nbytes)
+# --------------------------------------------------------------------------------------- attention
 
 
 def _heads(rows: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
@@ -219,20 +150,38 @@ def _lora_down(  # noqa: PLR0917
     return Work(partial(lora_down, wide, down, groups, 1.0), theirs, moved)
 
 
-def _lora_gradient(  # noqa: PLR0917
-    rows: int, outputs: int, inputs: int, ranks: int, layers: int, draw: Draw
-) -> Work:
-    dy, x = draw(rows, layers * outputs), draw(rows, inputs)
-    p, h = (draw(rows, layers * ranks) for _ in range(2))
-    d_down, d_up = draw.single(layers * ranks, inputs), draw.single(layers, outputs, ranks)
+def _lora_gradient(rows: int, layers: Layers, ranks: int, draw: Draw) -> Work:
+    one = _of_layers(rows, layers, ranks, draw)
+    return Work(partial(lora_gradient, *one), partial(_add_gradients, [one]), _moved([one]))
 
-    def theirs() -> object:
+
+def _lora_gradients(rows: int, groups: Sequence[Layers], ranks: int, draw: Draw) -> Work:
+    """Called as it is: its function takes a launch for each where one cannot take them all."""
+    pieces = [_of_layers(rows, layers, ranks, draw) for layers in groups]
+    lora_gradients(pieces)  # loads the kernels
+    ours = partial(torch.ops.eri.lora_gradients, *map(list, zip(*pieces, strict=True)))
+    return Work(ours, partial(_add_gradients, pieces), _moved(pieces))
+
+
+def _of_layers(rows: int, layers: Layers, ranks: int, draw: Draw) -> Gradient:
+    outputs, inputs, count = layers
+    dy, x = draw(rows, count * outputs), draw(rows, inputs)
+    p, h = (draw(rows, count * ranks) for _ in range(2))
+    return Gradient(
+        dy, x, p, h, draw.single(count * ranks, inputs), draw.single(count, outputs, ranks)
+    )
+
+
+def _moved(pieces: Sequence[Gradient]) -> int:
+    """Bytes: all is read, and the sums are written, too."""
+    return sum(sum(t.nbytes for t in one) + one.d_down.nbytes + one.d_up.nbytes for one in pieces)
+
+
+def _add_gradients(pieces: Sequence[Gradient]) -> None:
+    for dy, x, p, h, d_down, d_up in pieces:
         _add_product(d_down[None], p.T[None], x[None])
-        dys, hs = (wide.unflatten(1, (layers, -1)).transpose(0, 1) for wide in (dy, h))
-        return _add_product(d_up, dys.mT, hs)
-
-    moved = sum(operand.nbytes for operand in (dy, x, p, h, d_down, d_up, d_down, d_up))
-    return Work(partial(lora_gradient, dy, x, p, h, d_down, d_up), theirs, moved)
+        dys, hs = (wide.unflatten(1, (len(d_up), -1)).transpose(0, 1) for wide in (dy, h))
+        _add_product(d_up, dys.mT, hs)
 
 
 def _add_product(totals: Tensor, a: Tensor, b: Tensor) -> object:
@@ -293,38 +242,46 @@ def _adamw(parameters: int, draw: Draw) -> Work:
 
 def cases(nets: dict[str, Net]) -> Iterator[Case]:
     """All of them; those of one net and batch follow each other."""
-    for name, net in nets.items():
-        for batch in BATCHES[name]:
+    for net_name, net in nets.items():
+        for batch in BATCHES[net_name]:
+            name = f"{net_name} ×{batch}"
             for level in net.levels:
-                yield from _of_level(f"{name} ×{batch}", net, level, batch)
-            for channels, side in net.maps:
-                for kernel, make in MAPS.items():
-                    shape = f"[{batch}, {channels}, {side}, {side}]"
-                    yield Case(
-                        kernel, f"{name} ×{batch}", shape, partial(make, batch, channels, side)
-                    )
+                yield from row_cases(name, net, level, batch)
+                yield from _of_level(name, net, level, batch)
+                yield from layer_cases(name, level, batch)
+            yield from _of_maps(name, net, batch)
         layers, size = len(net.adapted()), net.parameters()
-        yield Case("lora_copies", name, f"{layers} layers", partial(_lora_copies, net))
-        yield Case("adamw", name, f"{size} parameters", partial(_adamw, size))
+        yield Case("lora_copies", net_name, f"{layers} layers", partial(_lora_copies, net))
+        yield Case("adamw", net_name, f"{size} parameters", partial(_adamw, size))
 
 
-MAPS = {
-    "group_norm_silu": _group_norm_silu,
-    "group_norm_silu_backward": _group_norm_silu_backward,
-}
+def _of_maps(name: str, net: Net, batch: int) -> Iterator[Case]:
+    """The kernels of residual blocks, of what they read and of what they give."""
+    kernels = [(sizes, kernel) for sizes in net.maps for kernel in OF_MAPS]
+    kernels += [(sizes, kernel) for sizes in net.sums for kernel in OF_SUMS]
+    for (channels, side), (kernel, more, make, *options) in kernels:
+        shape = f"[{batch}, {channels}, {side}, {side}]{more}"
+        yield Case(kernel, name, shape, partial(make, (batch, channels, side), *options))
+
+
+OF_MAPS = (
+    ("group_norm_silu", "", _group_norm_silu, False),
+    ("group_norm_silu_backward", "", _group_norm_silu_backward, False, False),
+)
+OF_SUMS = (
+    ("group_norm_silu", " + row", _group_norm_silu, True),
+    ("group_norm_silu_backward", " + row", _group_norm_silu_backward, True, False),
+    ("group_norm_silu_backward", " + map", _group_norm_silu_backward, False, True),
+    ("add_maps", "", _add_maps),
+)
 
 
 def _of_level(name: str, net: Net, level: Level, batch: int) -> Iterator[Case]:
-    """The kernels of a transformer block, with the tails that it leaves for its projections."""
+    """Attention to words and the adapters of a transformer block."""
     rows, words, width, one = batch * level.tokens, batch * level.words, level.width, net.rank
     pairs = 2 * level.together  # of keys and values: layers that read the words at once
     few = f"[{batch}, {level.tokens}, {level.heads}·{width // level.heads}], {level.words} keys"
     table = [
-        ("layer_norm", f"[{rows}, {width}]", _layer_norm, rows, width, 3 * one),
-        ("add_layer_norm", f"[{rows}, {width}]", _add_layer_norm, rows, width, one),
-        ("layer_norm_backward", f"[{rows}, {width}]", _layer_norm_backward, rows, width, one),
-        ("geglu", f"[{rows}, 2·{4 * width}]", _geglu, rows, 4 * width, one),
-        ("geglu_backward", f"[{rows}, 2·{4 * width}]", _geglu_backward, rows, 4 * width, one),
         ("cross_attention", few, _cross_attention, batch, level, one),
         ("cross_attention_backward", few, _cross_attention_backward, batch, level, one),
         *(
@@ -336,7 +293,7 @@ def _of_level(name: str, net: Net, level: Level, batch: int) -> Iterator[Case]:
             )
         ),
         *(
-            ("lora_gradient", f"[{t}, {n}·{out}], {into}", _lora_gradient, t, out, into, one, n)
+            ("lora_gradient", f"[{t}, {n}·{out}], {into}", _lora_gradient, t, (out, into, n), one)
             for t, out, into, n in (
                 *((rows, width, width, 1), (rows, width, width, 3), (rows, 8 * width, width, 1)),
                 *((rows, width, 4 * width, 1), (words, width, level.context, pairs)),
@@ -345,13 +302,20 @@ def _of_level(name: str, net: Net, level: Level, batch: int) -> Iterator[Case]:
         ("join_rows", f"3 × [{rows}, {width}]", _join_rows, rows, width, 3, 3 * one),
         ("join_rows", f"1 × [{rows}, {width}]", _join_rows, rows, width, 1, one),
     ]
-    for kernel, shape, make, *sizes in table:
-        yield Case(kernel, name, shape, partial(make, *sizes))
+    if rows <= MOST_TOGETHER:
+        layers = (width, width, 3), *[(width, width, 1)] * 3
+        table += [
+            ("lora_gradients", f"[{rows}, {width}], 4 of them", _lora_gradients, rows, layers, one)
+        ]
+    yield from of_table(name, table)
 
 
 KERNELS = (
     *("layer_norm", "add_layer_norm", "layer_norm_backward", "geglu", "geglu_backward"),
-    *("cross_attention", "cross_attention_backward", "lora_down", "lora_gradient", "join_rows"),
-    *("group_norm_silu", "group_norm_silu_backward", "lora_copies", "adamw"),
+    *("add_layer_norm_narrow", "layer_norm_backward_narrow"),
+    *("cross_attention", "cross_attention_backward", "join_rows"),
+    *("lora_down", "lora_gradient", "lora_gradients"),
+    *("scale_rows", "scale_rows_backward", "swiglu", "swiglu_backward", "rope"),
+    *("group_norm_silu", "group_norm_silu_backward", "add_maps", "lora_copies", "adamw"),
 )
 """Every kernel that there is; a test compares them with the operations of the library."""

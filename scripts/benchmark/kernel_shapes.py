@@ -51,11 +51,13 @@ class Net:
     Attributes:
         levels: of its transformers.
         maps: channels and side of what group norms read, concatenated skips among them.
+        sums: the same of what residual blocks give.
         rank: of the adapter.
     """
 
     levels: Sequence[Level]
     maps: Sequence[tuple[int, int]]
+    sums: Sequence[tuple[int, int]]
     rank: int = 16
 
     def adapted(self) -> list[tuple[int, int]]:
@@ -75,6 +77,7 @@ NETS = {
             *((320, 64), (640, 64), (960, 64), (1280, 64), (1920, 64)),
             *((640, 32), (1280, 32), (1920, 32), (2560, 32)),
         ),
+        ((320, 128), (640, 64), (1280, 32)),
     ),
     "sd15": Net(
         (
@@ -87,6 +90,7 @@ NETS = {
             *((320, 32), (640, 32), (960, 32), (1280, 32), (1920, 32)),
             *((640, 16), (1280, 16), (1920, 16), (2560, 16), (1280, 8), (2560, 8)),
         ),
+        ((320, 64), (640, 32), (1280, 16), (1280, 8)),
     ),
 }
-TINY_NETS = {"tiny": Net((Level(16, 64, 1, 32, 1, 1),), ((32, 8),), rank=8)}
+TINY_NETS = {"tiny": Net((Level(16, 64, 1, 32, 1, 1),), ((32, 8),), ((32, 8),), rank=8)}

@@ -24,8 +24,9 @@ import torch
 
 from eri.errors import EriError
 from eri.layers.backend import current_backend, set_backend
-from scripts.benchmark.kernel_cases import KERNELS, Case, Draw, Work, cases
+from scripts.benchmark.kernel_cases import KERNELS, cases
 from scripts.benchmark.kernel_shapes import NETS, TINY_NETS
+from scripts.benchmark.kernel_work import Case, Draw, Work
 from scripts.benchmark.machine import facts, synchronize
 
 COPY_BYTES = 2**30
@@ -184,11 +185,11 @@ def _calls(every: Callable[[], None]) -> Callable[[], float]:
 
 def _head() -> str:
     titles = f"{'us':>10}{'GB/s':>9}{'of a copy':>11}{'PyTorch us':>12}{'faster':>8}"
-    return f"{'kernel':<25}{'for':<9}{'shape':<34}{titles}"
+    return f"{'kernel':<27}{'for':<9}{'shape':<32}{titles}"
 
 
 def _line(row: Row, copied: float) -> str:
-    begin = f"{row.kernel:<25}{row.net:<9}{row.shape:<34}"
+    begin = f"{row.kernel:<27}{row.net:<9}{row.shape:<32}"
     if row.microseconds is None or row.pytorch is None or row.gb_per_second is None:
         return f"{begin}  failed: {row.failed}"
     mark = "*" if row.cached else ""

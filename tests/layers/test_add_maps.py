@@ -44,6 +44,17 @@ def test_it_is_pytorchs_sum(device: torch.device, shape: tuple[int, ...], dtype)
         assert error(y, truth) <= 0.5 * ulp(truth, dtype)  # rounded once
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_single_map(device: torch.device, shape: tuple[int, ...], dtype) -> None:
+    if device.type == "cuda":
+        set_backend("cuda")
+    y, _, bias = maps(*shape, device=device, dtype=dtype)
+    expected = y + bias[:, None, None]
+    assert add_maps(y, None, bias) is y
+    assert torch.equal(y, expected)
+
+
 def test_any_layout(device: torch.device) -> None:
     y, x, bias = maps(2, 16, 5, 7, device=device)
     expected = add_maps(y.clone(memory_format=torch.preserve_format), x, bias)

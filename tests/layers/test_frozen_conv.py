@@ -46,6 +46,16 @@ def test_output_and_gradient_are_those_of_the_module(case: str, bias: bool) -> N
     torch.testing.assert_close(both(lambda x: frozen_conv(x, conv), x), both(conv, x))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [4, 16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_card_adds_the_bias_as_pytorch_does(channels: int, layout: str) -> None:
+    conv = nn.Conv2d(8, channels, 3, padding=1, device="cuda", dtype=torch.bfloat16)
+    conv = conv.requires_grad_(False).to(memory_format=LAYOUTS[layout])
+    x = torch.randn(2, 8, 16, 16, device="cuda").bfloat16().to(memory_format=LAYOUTS[layout])
+    torch.testing.assert_close(both(lambda x: frozen_conv(x, conv), x), both(conv, x))
+
+
 @pytest.mark.parametrize("case", ["3x3", "1x1", "strides that leave a rest"])
 def test_the_gradient_is_the_slope(case: str) -> None:
     conv = conv_of(case)

@@ -12,6 +12,7 @@ from eri.layers.group_norm_silu import (
     MOST_ELEMENTS,
     MOST_SAMPLES,
     MOST_VECTORS,
+    group_norm_beside,
     group_norm_silu,
     unsupported,
 )
@@ -51,6 +52,22 @@ def test_it_is_pytorchs_group_norm_and_silu(layout: torch.memory_format, silu: b
         (wanted,) = torch.autograd.grad(expected, x, gradient, retain_graph=True)
         torch.testing.assert_close(found, wanted)
         assert found.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+def test_what_goes_around_a_norm_adds_its_gradient(
+    device: torch.device, layout: torch.memory_format
+) -> None:
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    norm = frozen(4, 16, dtype).to(device)
+    x = a_map(2, 16, 5, 3, layout=layout).to(device, dtype).requires_grad_()
+    dy, around = (a_map(2, 16, 5, 3, layout=layout).to(device, dtype) for _ in range(2))
+    n, same = group_norm_beside(x, norm)
+    assert torch.equal(same, x)
+    torch.testing.assert_close(n, eager(x, norm, False))
+    (found,) = torch.autograd.grad((n, same), x, (dy, around))
+    (expected,) = torch.autograd.grad(eager(x, norm, False), x, dy)
+    torch.testing.assert_close(found, expected + around)
 
 
 def test_in_16_bits_statistics_do_not_differ_from_pytorchs() -> None:

@@ -2,6 +2,8 @@
 
 #include "add_maps.h"
 
+#include <optional>
+
 #include "op.h"
 
 namespace eri {
@@ -9,11 +11,11 @@ namespace {
 
 const Op op = {"add_maps"};
 
-void add_maps(Tensor y, const Tensor& x, const Tensor& bias) {
+void add_maps(Tensor y, const std::optional<Tensor>& x, const Tensor& bias) {
   AddMapsArguments arguments = {};
   arguments.type = op.float_type("y", y);
   op.check_map("y", y, y);
-  op.check_map("x", x, y);
+  if (x) op.check_map("x", *x, y);
   const int64_t channels = y.size(1), vector = vector_size(arguments.type);
   op.check_kind("bias", bias, y.get_device_index(), y.scalar_type());
   op.check_dense("bias", bias, channels);
@@ -21,7 +23,7 @@ void add_maps(Tensor y, const Tensor& x, const Tensor& bias) {
                   " channels, expected a multiple of ", vector);
   STD_TORCH_CHECK(y.numel() / vector < (1LL << 32), "add_maps: y has ", y.numel(), " elements");
   arguments.y = y.mutable_data_ptr();
-  arguments.x = x.const_data_ptr();
+  arguments.x = x ? x->const_data_ptr() : nullptr;
   arguments.bias = bias.const_data_ptr();
   arguments.pixels = y.numel() / channels;
   arguments.width = channels / vector;

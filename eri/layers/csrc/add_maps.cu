@@ -10,7 +10,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPixels = 4;
 
-template <typename Scalar>
+template <typename Scalar, bool kBoth>
 __global__ void __launch_bounds__(kThreads)
     add_kernel(uint4* y, const uint4* __restrict__ x, const uint4* __restrict__ bias,
                int64_t pixels, uint32_t width) {
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int k = 0; k < kPixels; ++k) {
     if (first + k < pixels) {
       sums[k] = from_words<Scalar>(y[at + k * static_cast<int64_t>(width)]);
-      others[k] = load_last<Scalar>(x + at + k * static_cast<int64_t>(width));
+      if (kBoth) others[k] = load_last<Scalar>(x + at + k * static_cast<int64_t>(width));
     }
   }
   const Vector<Scalar> constants = load<Scalar>(bias + column);
@@ -33,9 +33,9 @@ __global__ void __launch_bounds__(kThreads)
     unpack(constants, quad, b);
 #pragma unroll
     for (int k = 0; k < kPixels; ++k) {
-      float sum[4], other[4];
+      float sum[4], other[4] = {};
       unpack(sums[k], quad, sum);
-      unpack(others[k], quad, other);
+      if (kBoth) unpack(others[k], quad, other);
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[i] = (sum[i] + b[i]) + other[i];
       pack(sums[k], quad, sum);
@@ -54,7 +54,8 @@ const char* launch_add_maps(const AddMapsArguments& a, void* stream) {
   const uint32_t blocks = static_cast<uint32_t>((threads + kThreads - 1) / kThreads);
   if (blocks == 0) return nullptr;
   return with_type(a.type, [&]<typename Scalar>() {
-    add_kernel<Scalar><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+    const auto kernel = a.x == nullptr ? add_kernel<Scalar, false> : add_kernel<Scalar, true>;
+    kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
         static_cast<uint4*>(a.y), static_cast<const uint4*>(a.x),
         static_cast<const uint4*>(a.bias), a.pixels, static_cast<uint32_t>(a.width));
   });

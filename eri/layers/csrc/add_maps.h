@@ -10,7 +10,7 @@ namespace eri {
 // Widths are in vectors of 16 bytes; all three begin at a multiple of that.
 struct AddMapsArguments {
   void* y;           // [pixels, width]; is added to
-  const void* x;     // the same
+  const void* x;     // the same, or null
   const void* bias;  // [width]
   FloatType type;    // of all three
   int64_t pixels;    // of all samples

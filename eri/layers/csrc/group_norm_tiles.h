@@ -17,6 +17,7 @@
 #include "group_norm_silu.h"
 #include "launch.h"
 #include "vectors.h"
+#include "warp.h"
 
 namespace eri {
 namespace {
@@ -28,7 +29,6 @@ constexpr int kTiles = 128;                   // of a sample, at most
 constexpr int kLaneTiles = kTiles / 32;       // that a lane adds up
 constexpr int kWarpGroups = 2;                // that a warp adds up at once: their loads overlap
 constexpr int kStride = kThreads + 4;         // of per-thread numbers: no bank conflicts
-constexpr unsigned int kWarp = ~0u;
 
 struct Tiling {
   int pixels;       // of a sample
@@ -72,13 +72,6 @@ __device__ __forceinline__ Place place(const Tiling& t) {
   p.first = pixel * stride + blockIdx.y * t.vectors + p.column;
   p.last = p.first + (length - 1) * stride;
   return p;
-}
-
-// The sum over a warp in each of its lanes, in an order that never changes.
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kWarp, value, offset);
-  return value;
 }
 
 // ------------------------------------------------------------- numbers for each channel of a slab
@@ -179,13 +172,6 @@ struct Parts {
 
 inline int64_t ceil_divide(int64_t dividend, int64_t divisor) {
   return (dividend + divisor - 1) / divisor;
-}
-
-inline int multiprocessors() {
-  int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
 }
 
 // The largest slabs, and two blocks for each multiprocessor where there is enough to do: a block

@@ -15,6 +15,14 @@ inline const char* launch_error() {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 // Calls launch.operator()<Scalar>() for a type; what CUDA says of it.
 template <typename Launch>
 const char* with_type(FloatType type, Launch launch) {

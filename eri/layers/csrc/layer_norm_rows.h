@@ -2,48 +2,17 @@
 // mean square around it, then the result. Lane l holds the vectors l, l + 32, ... of the row.
 #pragma once
 
+#include "row_tiles.h"
 #include "vectors.h"
 
 namespace eri {
 namespace {
-
-constexpr unsigned int kWarp = ~0u;
 
 struct Shape {
   uint32_t rows;
   int columns;  // vectors of a row
   float share;  // 1 / numbers of a row
 };
-
-// The sum over a warp in each of its lanes, in an order that never changes.
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(kWarp, value, offset);
-  return value;
-}
-
-template <typename Scalar, int kHeld>
-__device__ __forceinline__ void load_row(const uint4* row, int columns,
-                                         Vector<Scalar> (&vectors)[kHeld]) {
-#pragma unroll
-  for (int k = 0; k < kHeld; ++k) {
-    const int column = static_cast<int>(threadIdx.x) % 32 + 32 * k;
-    vectors[k] = column < columns ? load<Scalar>(row + column) : zeros<Scalar>();
-  }
-}
-
-// visit(vector of the lane, quarter of it, column) for all that the lane holds.
-template <typename Scalar, int kHeld, typename Visit>
-__device__ __forceinline__ void each(int columns, Visit visit) {
-#pragma unroll
-  for (int k = 0; k < kHeld; ++k) {
-    const int column = static_cast<int>(threadIdx.x) % 32 + 32 * k;
-    if (column < columns) {
-#pragma unroll
-      for (int quad = 0; quad < Vector<Scalar>::kQuads; ++quad) visit(k, quad, column);
-    }
-  }
-}
 
 // Adds a row to the one that is held, rounds, and stores that.
 template <typename Scalar, int kHeld>
