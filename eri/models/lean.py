@@ -27,7 +27,7 @@ from eri.layers.cross_attention import cross_attention, cross_attention_backward
 from eri.layers.geglu import geglu, geglu_backward
 from eri.layers.join_rows import join_rows
 from eri.layers.layer_norm import layer_norm
-from eri.layers.lora_products import Gradient, Narrow, lora_gradients
+from eri.layers.lora_products import MOST_TOGETHER, Gradient, Narrow, lora_gradients
 from eri.layers.narrow import add_layer_norm_narrow, layer_norm_backward_narrow
 from eri.layers.projection import Projection
 from eri.layers.sdpa import Kept, sdpa, sdpa_backward
@@ -256,10 +256,13 @@ class _WayBack:
         da, p_out = outer.backward(g, p)
         du, a = geglu_backward(da, u, inner.tail)
         del u, da
+        gradients = outer.gradients(g, a, p_out, h_out)
+        if du.numel() > MOST_TOGETHER:  # they share no launch, and a is in the cache now
+            lora_gradients(gradients)
+            gradients = []
         dn, p_in = inner.backward(du)
         d_sum, n, p = self._through_norm(2, dn, g, self.parts.cross_out.of_gradient())
-        of_outer = outer.gradients(g, a, p_out, h_out)
-        lora_gradients([*inner.gradients(du, n, p_in, h_in), *of_outer])
+        lora_gradients([*inner.gradients(du, n, p_in, h_in), *gradients])
         return d_sum, p
 
     def cross_attention(
