@@ -96,7 +96,7 @@ def _in_update(fails: Callable[[int], bool]) -> None:
     update = adamw._in_order
 
     def half(master: Tensor, *rest: Any) -> None:
-        control = rest[4]
+        control = rest[3]
         if fails(int(control[adamw.Control.STEP])):
             master.add_(1)
             raise MemoryError
