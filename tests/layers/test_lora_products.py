@@ -9,6 +9,7 @@ from eri.errors import ConfigError
 from eri.layers.backend import set_backend
 from eri.layers.build import SOURCES
 from eri.layers.lora_products import (
+    MOST_GRADIENTS,
     MOST_RANKS,
     Gradient,
     lora_down,
@@ -178,6 +179,7 @@ def test_reasons_are_in_words() -> None:
 
 def test_the_limit_is_that_of_the_header() -> None:
     assert f"kLoraMostRanks = {MOST_RANKS};" in (SOURCES / "lora_products.h").read_text()
+    assert f"kLoraGradients = {MOST_GRADIENTS};" in (SOURCES / "lora_products.h").read_text()
 
 
 def test_the_backend_cuda_refuses_other_devices() -> None:

@@ -5,7 +5,7 @@
 #include "launch.h"
 #include "layer_norm.h"
 #include "layer_norm_rows.h"
-#include "lora_tiles.h"
+#include "tensor_cores.h"
 
 namespace eri {
 namespace {
@@ -39,8 +39,8 @@ __device__ __forceinline__ void add_vector(float (&sums)[4], const Narrow<Scalar
   const uint4 high = __ldg(narrow.down + min(rank + 8, narrow.ranks - 1) * narrow.stride + column);
   const uint32_t first[4] = {low.x, high.x, low.y, high.y};
   const uint32_t second[4] = {low.z, high.z, low.w, high.w};
-  multiply<Scalar>(sums, first, row.words[0], row.words[1]);
-  multiply<Scalar>(sums, second, row.words[2], row.words[3]);
+  multiply_add<Scalar>(sums, first, row.words[0], row.words[1]);
+  multiply_add<Scalar>(sums, second, row.words[2], row.words[3]);
 }
 
 // What the warps of a block have added up, a tile of ranks after the other.
@@ -75,7 +75,7 @@ struct Sums {
       }
       sum.x *= narrow.scale;
       sum.y *= narrow.scale;
-      const uint32_t packed = pack_pair(sum, Scalar());
+      const uint32_t packed = pack_pair<Scalar>(sum.x, sum.y);
       narrow.hidden[row * words + word] = packed;
       reinterpret_cast<uint32_t*>(result.first + row * result.stride + columns)[word] = packed;
     }

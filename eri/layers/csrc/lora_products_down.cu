@@ -4,7 +4,7 @@
 
 #include "launch.h"
 #include "lora_products.h"
-#include "lora_tiles.h"
+#include "tensor_cores.h"
 
 namespace eri {
 namespace {
@@ -76,13 +76,14 @@ __global__ void __launch_bounds__(32 * kWarps) down_kernel(const __grid_constant
 #pragma unroll
       for (int i = 0; i < kTokenCopies; ++i) {
         if (kTokens > 1 || copied_row < 8) {
-          copy(to + Memory::at(16 * i + copied_row, copied), tokens[i] + step * kVectors, there);
+          copy_async(to + Memory::at(16 * i + copied_row, copied), tokens[i] + step * kVectors,
+                     !there);
         }
       }
 #pragma unroll
       for (int i = 0; i < kRanks; ++i) {
-        copy(to + Memory::at(8 * kTokens + 16 * i + copied_row, copied),
-             ranks[i] + step * kVectors, there);
+        copy_async(to + Memory::at(8 * kTokens + 16 * i + copied_row, copied),
+                   ranks[i] + step * kVectors, !there);
       }
     }
     end_of_stage();
@@ -104,8 +105,8 @@ __global__ void __launch_bounds__(32 * kWarps) down_kernel(const __grid_constant
       load_matrices(b, from + Memory::at(8 * n + row, 2 * warp + lane / 8 % 2));
 #pragma unroll
       for (int m = 0; m < kRanks; ++m) {
-        multiply<Scalar>(sums[m][n], a_ranks[m], b[0], b[1]);
-        if (kTokens > 1) multiply<Scalar>(sums[m][(n + 1) % kTokens], a_ranks[m], b[2], b[3]);
+        multiply_add<Scalar>(sums[m][n], a_ranks[m], b[0], b[1]);
+        if (kTokens > 1) multiply_add<Scalar>(sums[m][(n + 1) % kTokens], a_ranks[m], b[2], b[3]);
       }
     }
   };
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(32 * kWarps) down_kernel(const __grid_constant
       sum.x += other.x, sum.y += other.y;
     }
     sum.x *= a.scale, sum.y *= a.scale;
-    const uint32_t word = pack_pair(sum, Scalar());
+    const uint32_t word = pack_pair<Scalar>(sum.x, sum.y);
     const int column = (group * a.ranks + first_rank + rank) / 2;
     hidden[(first_token + token) * all + column] = word;
     if (a.has_tail) tail[(first_token + token) * 4 * a.stride + column] = word;

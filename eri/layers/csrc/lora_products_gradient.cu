@@ -7,7 +7,7 @@
 
 #include "launch.h"
 #include "lora_products.h"
-#include "lora_tiles.h"
+#include "tensor_cores.h"
 
 namespace eri {
 namespace {
@@ -136,15 +136,15 @@ __global__ void __launch_bounds__(32 * kWarps)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = 4 * i + lane / 8;
-        copy(to + row * 128 + ((lane % 8) ^ (row % 8)) * 16, wide + 4 * i * product.wide_stride,
-             next + row < a.tokens);
+        copy_async(to + row * 128 + ((lane % 8) ^ (row % 8)) * 16,
+                   wide + 4 * i * product.wide_stride, next + row >= a.tokens);
       }
 #pragma unroll
       for (int m = 0; m < kRanks; ++m) {
         if (m < tiles) {
           const int place = min(first_rank / 8 + 2 * m + lane % 2, product.ranks / 8 - 1);
-          copy(to + kWideBytes + lane / 2 * Memory::kPitch + (2 * m + lane % 2) * 16,
-               small + place, next + lane / 2 < a.tokens);
+          copy_async(to + kWideBytes + lane / 2 * Memory::kPitch + (2 * m + lane % 2) * 16,
+                     small + place, next + lane / 2 >= a.tokens);
         }
       }
     }
@@ -174,8 +174,8 @@ __global__ void __launch_bounds__(32 * kWarps)
 #pragma unroll
       for (int m = 0; m < kRanks; ++m) {
         if (m < tiles) {
-          multiply<Scalar>(sums[m][2 * n], ranks[m], columns[0], columns[1]);
-          multiply<Scalar>(sums[m][2 * n + 1], ranks[m], columns[2], columns[3]);
+          multiply_add<Scalar>(sums[m][2 * n], ranks[m], columns[0], columns[1]);
+          multiply_add<Scalar>(sums[m][2 * n + 1], ranks[m], columns[2], columns[3]);
         }
       }
     }

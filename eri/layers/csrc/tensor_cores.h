@@ -30,6 +30,17 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+// Ends a group of copies, a stage of a ring.
+__device__ __forceinline__ void end_of_stage() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits for what this thread has copied, but for the `kLater` youngest stages.
+template <int kLater>
+__device__ __forceinline__ void wait_for_stage() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
+}
+
 __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
