@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from scripts.benchmark.traffic import bytes_of
 
 TOP = 25  # kernels that a breakdown lists
 ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}  # categories of a trace
@@ -28,9 +28,6 @@ CLASSES = {
     "reduce": r"reduce|triton_(red|per)|softmax",
     "elementwise": r"elementwise|vectorized|unrolled|triton_poi|gelu|silu|::(add|mul|sub)",
 }
-NOT_READ = {"aten::copy_", "aten::fill_", "aten::zero_", "aten::normal_", "aten::random_"}
-MOVES_NOTHING = {"aten::_unsafe_view", "aten::detach", "aten::empty", "aten::empty_like"}
-MOVES_NOTHING |= {"aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ def operations(step: Callable[[], None], device: torch.device, rows: int = 30) -
 
 
 class _Bytes(TorchDispatchMode):
-    """Sums what every operation that is not a view reads and writes, by its name."""
+    """Sums what every operation moves, by its name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,47 +141,12 @@ class _Bytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        name = func._schema.name
-        if name not in MOVES_NOTHING and not _is_view(func):
-            inputs = _read(name, args)
-            named = [value for key, value in kwargs.items() if key != "out"]
-            self.bytes[name] += sum(
-                map(_size, tree_leaves([inputs, named, _written(func, args, result)]))
-            )
+        self.bytes[func._schema.name] += bytes_of(func, args, kwargs, result)
         return result
-
-
-def _is_view(func: Any) -> bool:
-    returns = func._schema.returns
-    return any(one.alias_info is not None and not one.alias_info.is_write for one in returns)
-
-
-def _read(name: str, args: Any) -> Any:
-    """What an operation reads of what it is given."""
-    if name == "aten::convolution_backward" and list(args[-1]) == [True, False, False]:
-        return args[0], args[2]  # of the input the shape is enough
-    return args[1:] if name in NOT_READ else args
-
-
-def _written(func: Any, args: Any, result: Any) -> Any:
-    """What an operation writes: its results, or what it changes where it returns nothing."""
-    if func._schema.returns:
-        return result
-    pairs = zip(func._schema.arguments, args, strict=False)
-    return [value for one, value in pairs if one.alias_info is not None and one.alias_info.is_write]
-
-
-def _size(leaf: Any) -> int:
-    """Bytes of a tensor; an expanded one has no more than lie in memory."""
-    if not isinstance(leaf, Tensor):
-        return 0
-    return min(leaf.numel() * leaf.element_size(), leaf.untyped_storage().nbytes())
 
 
 def bytes_moved(step: Callable[[], None]) -> dict[str, int]:
-    """The bytes of the inputs and outputs of a step's operations, by their names, whatever caches
-    do.
-    """
+    """The bytes that a step's operations must read and write, by their names; see `traffic`."""
     with _Bytes() as counted:
         step()
     return counted.bytes
