@@ -8,6 +8,7 @@ from typing import Any
 from zlib import crc32
 
 import pytest
+from _pytest.nodeid import NodeId
 
 # Before anything imports torch, diffusers or transformers; child processes inherit them.
 os.environ |= {
@@ -78,7 +79,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         served = "server" in getattr(item, "fixturenames", ())
         group = f"served {crc32(place.encode()) % servers}" if served else place
         item.add_marker(pytest.mark.xdist_group(group))
+        if getattr(item.config.option, "loadgroup", False):  # in a worker of scripts/test
+            _name_group(item, group)
     items.sort(key=lambda item: "server" not in getattr(item, "fixturenames", ()))
+
+
+def _name_group(item: pytest.Item, group: str) -> None:
+    """Tell the scheduler of pytest-xdist the group, which it reads behind the name.
+
+    pytest-xdist 3.8 writes it where pytest 9.2 does not look any more: the tests of a file would
+    run in all workers, and each of these would make what the file sets up.
+    """
+    item._id = NodeId.parse(f"{item.nodeid}@{group}")  # type: ignore[attr-defined]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, first_context])])

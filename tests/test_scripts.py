@@ -19,6 +19,13 @@ def test_script_parses_and_can_be_run(script: str) -> None:
     subprocess.run([BASH, "-n", ROOT / script], check=True)
 
 
+def test_the_tests_of_a_file_run_in_one_worker(request: pytest.FixtureRequest) -> None:
+    """The scheduler of pytest-xdist reads the group behind the name; see tests/conftest.py."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("no worker of scripts/test")
+    assert request.node.nodeid.endswith("::test_the_tests_of_a_file_run_in_one_worker@test_scripts")
+
+
 def put_python(folder: Path, name: str, *, version: str, new_enough: bool, venv: bool) -> None:
     """A stand-in for a Python: answers the version, the age check and the import of venv."""
     stub = folder / name
