@@ -219,11 +219,15 @@ def serve() -> None:
     """Fork a session for each line of stdin until it is closed; tell of each that ends."""
     import torch
     from diffusers import AutoencoderKL  # noqa: F401 - loaded here so that no fork has to
+    from PIL import Image
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
+    import eri.cli  # noqa: F401
+    import eri.run.inspect  # noqa: F401
     import eri.run.train  # noqa: F401
     from tests.torture import victims
 
+    Image.init()
     victims.layers()
     torch.set_num_threads(1)
     os.set_inheritable(1, False)
