@@ -38,6 +38,8 @@ make_venv() { # installs only when this folder, its Python or the pins changed s
         if grep -qxsF "$pins $have" .venv/installed; then return; fi
     done
     say "installing the pinned versions into .venv (the first time takes minutes)"
-    .venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e "$wanted"
+    .venv/bin/python -m pip install --disable-pip-version-check -q --no-compile \
+        -c constraints.txt -e "$wanted"
+    .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true # pip would, on one core
     echo "$pins $wanted" >.venv/installed
 }
