@@ -20,6 +20,7 @@ __all__ = [
     "Backend",
     "capability_of",
     "current_backend",
+    "is_transformed",
     "kernels_ready",
     "no_kernels",
     "set_backend",
@@ -66,6 +67,14 @@ def set_backend(backend: Backend, say: Callable[[str], None] = log.warning) -> N
 def current_backend() -> Backend:
     """The backend chosen last; `auto` at first."""
     return _state.backend
+
+
+def is_transformed() -> bool:
+    """Whether `torch.compile` or `torch.func` turns what runs now into another program.
+
+    These know how to fuse, batch and differentiate PyTorch's own operations.
+    """
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def use_kernel(op: str, device: torch.device, unsupported: Callable[[], str | None]) -> bool:

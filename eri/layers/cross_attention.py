@@ -25,6 +25,8 @@ the faster one on an H200.
 Measured with `pytest -s -m gpu tests/layers/test_cross_attention.py -k bandwidth`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import Library
@@ -33,6 +35,7 @@ from eri.layers.backend import kernels_ready, use_kernel
 from eri.layers.vectors import aligned_rows, type_name, unsupported_tail, with_tail
 
 __all__ = [
+    "attend",
     "cross_attention",
     "cross_attention_backward",
     "cross_attention_backward_reference",
@@ -108,7 +111,7 @@ def unsupported(q: Tensor, kv: Tensor, heads: int, tail: int = 0) -> str | None:
 
 def is_fastest(q: Tensor, kv: Tensor, heads: int) -> bool:
     """Whether to use the kernels: they take these, and there are not so many keys that PyTorch's
-    own attention is faster.
+    own attention is faster. Keys alone say as much as keys and values.
     """
     few = kv.shape[1] <= FEW_KEYS and kernels_ready(q.device)
     return few and unsupported(q, kv, heads) is None
@@ -205,6 +208,41 @@ def cross_attention_backward(  # noqa: PLR0917 - the signature of the op
     dq, found = cross_attention_backward_reference(d_o, q, kv, heads)
     dkv.copy_(found)
     return with_tail(dq, tail)
+
+
+def attend(q: Tensor, kv: Tensor, heads: int) -> Tensor:
+    """`cross_attention` with gradients; one that is differentiated again is PyTorch's own.
+
+    Args:
+        q: `[B, T, H·D]`.
+        kv: `[B, S, 2·H·D]`.
+        heads: H.
+
+    Returns:
+        `[B, T, H·D]`.
+
+    Raises:
+        ValueError: shapes do not fit each other.
+        ConfigError: the backend is `cuda` and the kernel cannot be used.
+    """
+    return _Attend.apply(q, kv, heads)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, kv: Tensor, heads: int) -> Tensor:
+        ctx.save_for_backward(q, kv)
+        ctx.heads = heads
+        return cross_attention(q, kv, heads).view(q.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, kv = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is differentiated, too
+            return *cross_attention_backward_reference(grads[0], q, kv, ctx.heads), None
+        dkv = torch.empty_like(kv, memory_format=torch.contiguous_format)
+        dq = cross_attention_backward(grads[0], q, kv, dkv, ctx.heads)
+        return dq.view(q.shape), dkv, None
 
 
 def _dense(rows: Tensor) -> Tensor:

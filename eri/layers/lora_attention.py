@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.types import Device
 
+from eri.layers.backend import is_transformed
 from eri.layers.checks import check_divides, shape_error
+from eri.layers.cross_attention import attend, is_fastest
 from eri.layers.heads import merge_heads, split_heads
 from eri.layers.linear import Linear
 from eri.layers.lora_linear import LoRALinear
@@ -19,7 +21,8 @@ class LoRAAttention(nn.Module):
 
     Tokens `[B, T, C]` give the attention's output alone, for blocks that have their own norm and
     residual. A map `[B, C, H, W]` is normalised by groups, attended over its H·W positions and
-    added to: y = x + attention(norm(x)). Keys and values come from `context` when it is given.
+    added to: y = x + attention(norm(x)). Keys and values come from `context` when it is given; a
+    short one is attended to by a kernel where there is one, see `eri.layers.cross_attention`.
 
     `to_q`, `to_k`, `to_v` and `to_out` are `LoRALinear`, or plain `Linear` when rank is None.
     With a rank only the updates train: the norm is frozen like the bases.
@@ -123,9 +126,10 @@ class LoRAAttention(nn.Module):
         if source.shape[:1] != x.shape[:1] or source.shape[2:] != (self.context_dim,):
             kind = "tokens of its own" if context is None else "context"
             raise shape_error(self, source, f"[{x.shape[0]}, S, {self.context_dim}] for {kind}")
-        q = split_heads(self.to_q(x), self.heads)
-        k = split_heads(self.to_k(source), self.heads)
-        v = split_heads(self.to_v(source), self.heads)
+        q, k, v = self.to_q(x), self.to_k(source), self.to_v(source)
+        if context is not None and not is_transformed() and is_fastest(q, k, self.heads):
+            return self.to_out(attend(q, torch.cat((k, v), dim=-1), self.heads))
+        q, k, v = (split_heads(rows, self.heads) for rows in (q, k, v))
         return self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v)))
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from torch.types import Device
 
 from eri.layers.conv import Conv2d
 from eri.layers.lora import LoRALayer, check_rank, master_dtype
+from eri.layers.lora_linear import lora_linear, runs_fused
 
 __all__ = ["LoRAConv2d"]
 
@@ -21,7 +22,8 @@ class LoRAConv2d(LoRALayer[nn.Conv2d]):
     A is a convolution to `rank` channels with the base's kernel, stride and padding, B is 1×1.
     `lora_a.weight` is `[rank, Cin / groups, kh, kw]`, drawn from U(±1/√(Cin / groups · kh · kw)),
     and `lora_b.weight` is `[Cout, rank, 1, 1]`, zero. In a grouped base every group goes through
-    the same A and its own rows of B, which is what makes B A a matrix of the base's shape. See
+    the same A and its own rows of B, which is what makes B A a matrix of the base's shape. One of
+    1×1 on a `channels_last` map is a linear layer on pixels and runs as `LoRALinear` does. See
     `LoRALayer` for scale, dtypes, `delta`, `merge` and `unmerge`.
 
     Source: Hu et al., "LoRA", arXiv 2106.09685; the convolution's split is LoCon's.
@@ -139,6 +141,13 @@ class LoRAConv2d(LoRALayer[nn.Conv2d]):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[B, Cin, H, W]` to `[B, Cout, H', W']`, in the dtype of the base's output."""
+        if self._is_linear_on(x) and runs_fused(x, self):
+            weight, a, b = (
+                layer.weight.flatten(1) for layer in (self.base, self.lora_a, self.lora_b)
+            )
+            pixels = x.permute(0, 2, 3, 1)
+            y = lora_linear(pixels, weight, self.base.bias, a, b, self.scale)
+            return y.permute(0, 3, 1, 2)
         y = self.base(x)
         if self.merged:
             return y
@@ -151,3 +160,10 @@ class LoRAConv2d(LoRALayer[nn.Conv2d]):
             down = down.unflatten(0, (-1, groups)).flatten(1, 2)  # [B, groups·rank, H', W']
         up = F.conv2d(down, self.lora_b.weight.to(x.dtype), groups=groups)
         return torch.add(y, up, alpha=self.scale)
+
+    def _is_linear_on(self, x: Tensor) -> bool:
+        """Whether it is a linear layer on the pixels of x, which lie one after the other."""
+        base = self.base
+        alone = base.kernel_size == base.stride == (1, 1) and base.padding == (0, 0)
+        fits = alone and base.groups == 1 and x.dim() == 4 and x.shape[1] == base.in_channels
+        return fits and x.is_contiguous(memory_format=torch.channels_last)
