@@ -10,6 +10,7 @@ from eri.layers.backend import set_backend
 from eri.layers.build import SOURCES
 from eri.layers.cross_attention import (
     MOST_KEYS,
+    attend,
     cross_attention,
     cross_attention_backward,
     unsupported,
@@ -57,6 +58,19 @@ def test_it_is_pytorchs_attention(shape: tuple[int, int, int, int, int]) -> None
     given = inputs(shape)
     for found, expected in zip(ours(*given, shape[1]), of_pytorch(*given, shape[1]), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 2, 5, 4), (1, 2, 3, 1, 2)])
+def test_attend_has_the_right_gradients_of_both_orders(
+    shape: tuple[int, int, int, int, int],
+) -> None:
+    q, kv, d_o = inputs(shape)
+    expected = of_pytorch(q, kv, d_o, shape[1])
+    q.requires_grad_(), kv.requires_grad_()
+    o = attend(q, kv, shape[1])
+    torch.testing.assert_close((o.detach(), *torch.autograd.grad(o, (q, kv), d_o)), expected)
+    assert torch.autograd.gradcheck(lambda q, kv: attend(q, kv, shape[1]), (q, kv))
+    assert torch.autograd.gradgradcheck(lambda q, kv: attend(q, kv, shape[1]), (q, kv))
 
 
 def test_the_ops_are_registered_as_pytorch_wants_them(device: torch.device) -> None:
