@@ -172,7 +172,7 @@ class _LoRALinear(torch.autograd.Function):
             if needs_da or needs_db:
                 da, db = a.new_zeros(a.shape), b.new_zeros(b.shape)
                 lora_gradient(dy, _rows(x), p, h, da, db[None])
-        return dx, None, None, da if needs_da else None, db if needs_db else None, None
+        return dx, None, None, da, db, None
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from eri.errors import ConfigError
 from eri.layers import Linear, LoRALinear
@@ -319,14 +320,46 @@ def test_what_is_frozen_gets_no_gradient(wanted: str, device: torch.device) -> N
             assert torch.equal(one.grad, everything[name])
 
 
-def test_nothing_is_computed_for_an_input_without_gradient() -> None:
+def test_nothing_is_computed_that_nobody_wants() -> None:
     layer, x = adapted(), torch.randn(5, 16)
-    with ops_on_cpu():
-        y = layer(x)
-        with Calls() as backward:
+
+    def backward(y: Tensor) -> list[str]:
+        with Calls() as calls:
             y.sum().backward()
-    assert "mm" not in backward.names and "addmm_" not in backward.names
-    assert "lora_gradient" in backward.names
+        return calls.names
+
+    with ops_on_cpu():
+        names = backward(layer(x))
+        assert "lora_gradient" in names and not {"mm", "addmm_"} & set(names)
+        for weight in trained(layer):
+            weight.requires_grad_(False)
+        names = backward(layer(x.requires_grad_()))
+        assert "lora_gradient" not in names and {"mm", "addmm_"} <= set(names)
+
+
+@pytest.mark.parametrize("rank", [4, 8])
+def test_little_is_kept(rank: int) -> None:
+    layer, kept = adapted(rank=rank, dtype=torch.bfloat16), list[tuple[int, ...]]()
+    x = torch.randn(5, 16).bfloat16().requires_grad_()
+    given = {one.data_ptr() for one in (x, *layer.parameters())}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in given:
+            kept.append((*tensor.shape,))
+        return tensor
+
+    with ops_on_cpu(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        layer(x)
+    assert kept == [(5, 8), (8, 16), (8, 24)]  # H, and copies of A and B
+
+
+def test_a_layer_may_be_computed_again() -> None:
+    layer, x, dy = adapted(), torch.randn(5, 16, requires_grad=True), torch.randn(5, 24)
+    with ops_on_cpu():
+        expected = with_gradients(layer, x, dy)
+        y = checkpoint(layer, x, use_reentrant=False)
+        found = torch.autograd.grad(y, [x, *trained(layer)], dy)
+    assert all(map(torch.equal, [y, *found], expected))
 
 
 def test_gradients_are_added_up_where_they_are(device: torch.device) -> None:
