@@ -6,7 +6,13 @@ import torch
 
 from eri.errors import ConfigError
 from eri.layers import backend as module
-from eri.layers.backend import current_backend, kernels_ready, set_backend, use_kernel
+from eri.layers.backend import (
+    current_backend,
+    is_transformed,
+    kernels_ready,
+    set_backend,
+    use_kernel,
+)
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -130,3 +136,18 @@ def test_a_failed_build_is_an_error_under_auto_too(
 def test_there_are_three_backends() -> None:
     with pytest.raises(ValueError, match="'fast': expected auto, cuda or reference"):
         set_backend("fast")
+
+
+def test_transformed_is_what_the_compiler_or_a_transform_runs() -> None:
+    seen: list[bool] = []
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        seen.append(is_transformed())
+        return x.sum()
+
+    note(torch.ones(3))
+    torch.func.vmap(note)(torch.ones(2, 3))
+    torch.func.grad(note)(torch.ones(3))
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: x + is_transformed(), fullgraph=True, backend="eager")
+    assert seen == [False, True, True] and compiled(torch.zeros(1)).item() == 1
