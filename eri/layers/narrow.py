@@ -1,4 +1,4 @@
-r"""Norms that make the narrow product of what they write on the way.
+r"""Norms, and joined rows, that make the narrow product of what they write on the way.
 
 $$H = s\,x A^T$$
 
@@ -10,14 +10,17 @@ reading the ranks beside them takes as long as reading them again.
 
 Source: "down-projection in the producer": Zhu et al., "LoRAFusion", arXiv 2510.00206, section 3.
 
-Limits of the kernels: those of `eri.layers.layer_norm`; float16 or bfloat16; up to 48 ranks; rows
-of up to 1280 numbers, which are a sum, or have a residual. Whatever else is asked is made by one
-kernel after the other.
+Limits of the kernels: float16 or bfloat16; of norms, those of `eri.layers.layer_norm`, up to 48
+ranks, rows of up to 1280 numbers, which are a sum, or have a residual; of joined rows, those of
+`eri.layers.join_rows` and `eri.layers.lora_products`, and a matrix for each part. Whatever else is
+asked is made by one kernel after the other. More than 48 ranks a part read its rows once for every
+48 of them.
 
-Measured with `pytest -s -m gpu tests/layers/test_narrow.py -k bandwidth`.
+Measured with `pytest -s -m gpu tests/layers/test_narrow.py -k bandwidth`, and of joined rows with
+`tests/layers/test_join_rows_narrow.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,14 +29,17 @@ from torch.library import Library
 
 from eri.layers import layer_norm as norms
 from eri.layers.backend import kernels_ready
+from eri.layers.join_rows import MOST, join_rows
+from eri.layers.join_rows import unsupported as unsupported_join
 from eri.layers.lora_products import Narrow, lora_down, lora_down_reference
 from eri.layers.lora_products import unsupported as unsupported_product
 from eri.layers.vectors import aligned_rows
 
-__all__ = ["add_layer_norm_narrow", "layer_norm_backward_narrow"]
+__all__ = ["add_layer_norm_narrow", "join_rows_narrow", "layer_norm_backward_narrow"]
 
-MOST_RANKS = 48
-MOST_WIDTH = 1280  # of a norm
+MOST_RANKS = 48  # of a norm
+MOST_WIDTH = 1280  # likewise
+TYPES = {torch.float16, torch.bfloat16}
 
 LIBRARY = Library("eri", "FRAGMENT")
 TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -45,6 +51,11 @@ LIBRARY.define(
 LIBRARY.define(
     "layer_norm_backward_narrow(Tensor dn, Tensor x, Tensor mean_rstd, Tensor weight, Tensor bias,"
     " Tensor residual, Tensor down, float scale) -> (Tensor, Tensor, Tensor)",
+    tags=TAGS,
+)
+LIBRARY.define(
+    "join_rows_narrow(Tensor first, Tensor? second, Tensor? third, Tensor down, float scale)"
+    " -> (Tensor, Tensor)",
     tags=TAGS,
 )
 
@@ -77,6 +88,14 @@ def _layer_norm_backward_narrow(  # noqa: PLR0917 - the signature of the op
     return dx, n, lora_down_reference(dx, down, 1, scale)
 
 
+def _join_rows_narrow(
+    first: Tensor, second: Tensor | None, third: Tensor | None, down: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    groups = 1 + (second is not None) + (third is not None)
+    rows = torch.ops.eri.join_rows(first, second, third, len(down))
+    return rows, lora_down_reference(rows, down, groups, scale)
+
+
 def _register(run: Callable[..., Any]) -> None:
     """The op on the CPU, and what it is traced with."""
     name = run.__name__.removeprefix("_")
@@ -86,6 +105,7 @@ def _register(run: Callable[..., Any]) -> None:
 
 _register(_add_layer_norm_narrow)
 _register(_layer_norm_backward_narrow)
+_register(_join_rows_narrow)
 
 
 def add_layer_norm_narrow(
@@ -123,6 +143,21 @@ def layer_norm_backward_narrow(  # noqa: PLR0917 - the signature of the op
     return dx, n, _then(dx, narrow)
 
 
+def join_rows_narrow(
+    parts: Sequence[Tensor], narrow: Narrow | None
+) -> tuple[Tensor, Tensor | None]:
+    """What `join_rows` gives, with a tail, and P of it `[T, R]`; None where there is no product.
+
+    Raises:
+        ConfigError: the backend is `cuda` and a kernel cannot be used.
+    """
+    if narrow is not None and _joins(parts, narrow):
+        first, second, third = [*map(aligned_rows, parts), None, None][:MOST]
+        return torch.ops.eri.join_rows_narrow(first, second, third, narrow.down, narrow.scale)
+    rows = join_rows(parts, _tail(narrow))
+    return rows, _then(rows, narrow)
+
+
 def _tail(narrow: Narrow | None) -> int:
     return 0 if narrow is None else len(narrow.down)
 
@@ -135,11 +170,23 @@ def _fuses(x: Tensor, norm: nn.LayerNorm, narrow: Narrow) -> bool:
     """Whether one kernel can do both."""
     ranks = len(narrow.down)
     return (
-        x.dtype in {torch.float16, torch.bfloat16}
+        x.dtype in TYPES
         and x.shape[-1] <= MOST_WIDTH
         and narrow.groups == 1
         and ranks <= MOST_RANKS
         and norms.unsupported(x, norm.weight) is None
         and unsupported_product(ranks, {}, down=narrow.down) is None
         and kernels_ready(x.device)
+    )
+
+
+def _joins(parts: Sequence[Tensor], narrow: Narrow) -> bool:
+    """The same of parts that are joined."""
+    ranks, side_by_side = len(narrow.down) // narrow.groups, len(narrow.down)
+    return (
+        parts[0].dtype in TYPES
+        and narrow.groups == len(parts)
+        and unsupported_join(parts, side_by_side) is None
+        and unsupported_product(ranks, {}, down=narrow.down) is None
+        and kernels_ready(parts[0].device)
     )

@@ -28,7 +28,7 @@ from eri.layers.geglu import geglu, geglu_backward
 from eri.layers.join_rows import join_rows
 from eri.layers.layer_norm import layer_norm
 from eri.layers.lora_products import MOST_TOGETHER, Gradient, Narrow, lora_gradients
-from eri.layers.narrow import add_layer_norm_narrow, layer_norm_backward_narrow
+from eri.layers.narrow import add_layer_norm_narrow, join_rows_narrow, layer_norm_backward_narrow
 from eri.layers.projection import Projection
 from eri.layers.sdpa import Kept, sdpa, sdpa_backward
 
@@ -157,8 +157,8 @@ class _Blocks(torch.autograd.Function):
             run.traces,
             strict=True,
         )
-        g, p = join_rows([grads[0].flatten(0, 1)], parts.blocks[-1].ff_out.tail), None
-        dx = None
+        dx, last = None, parts.blocks[-1].ff_out
+        g, p = join_rows_narrow([grads[0].flatten(0, 1)], last.of_gradient())
         for block, before, words, d_words, x0, trace in reversed(list(of_blocks)):
             if trace is None:
                 *_, trace = _forward(block, x0, None, words)
@@ -286,20 +286,19 @@ class _WayBack:
     ) -> tuple[Tensor, Tensor | None]:
         """From the gradient of x1 to that of x, with the tail of a narrow product; and that."""
         parts = self.parts
-        d_qkv = self._through_attention(g, p)
-        dn, p_in = parts.self_in.backward(d_qkv)
+        d_qkv, p_in = self._through_attention(g, p)
+        dn, p_in = parts.self_in.backward(d_qkv, p_in)
         d_sum, n, p = self._through_norm(0, dn, g, narrow)
         self._add_gradients(d_qkv, n, p_in)
         return d_sum, p
 
     def end_self_attention(self, g: Tensor, p: Tensor | None) -> None:
         """The same where nobody needs the gradient of x."""
-        parts = self.parts
-        d_qkv = self._through_attention(g, p)
-        self._add_gradients(d_qkv, self._norm(0, parts.self_in), parts.self_in.narrow(d_qkv))
+        d_qkv, p_in = self._through_attention(g, p)
+        self._add_gradients(d_qkv, self._norm(0, self.parts.self_in), p_in)
 
-    def _through_attention(self, g: Tensor, p: Tensor | None) -> Tensor:
-        """The gradient of queries, keys and values, with a tail."""
+    def _through_attention(self, g: Tensor, p: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The gradient of queries, keys and values, with a tail, and P of it."""
         parts, trace, batch, heads = self.parts, self.trace, len(self.words), self.parts.heads
         qkv = trace.self_qkv
         qkv = parts.self_in.forward(self._norm(0, parts.self_in))[0] if qkv is None else qkv
@@ -308,7 +307,7 @@ class _WayBack:
         q, k, v = _heads(qkv, batch, 3, heads)
         o, d_o = _split(trace.self_o, batch, heads), _split(d_o, batch, heads)
         d_heads = sdpa_backward(d_o, q, k, v, o, trace.self_kept)
-        return join_rows([*map(_merged, d_heads)], parts.self_in.tail)
+        return join_rows_narrow([*map(_merged, d_heads)], parts.self_in.of_gradient())
 
     def _add_gradients(self, d_qkv: Tensor, n: Tensor, p: Tensor | None) -> None:
         """Add those of both attentions' matrices, from the gradient of queries, keys and values."""

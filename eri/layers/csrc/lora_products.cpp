@@ -1,8 +1,11 @@
-// Checks of `eri::lora_down`, `eri::lora_gradient` and `eri::lora_gradients` and their CUDA
-// implementation; the schemas are in eri/layers/lora_products.py.
+// Checks of `eri::lora_down`, `eri::join_rows_narrow`, `eri::lora_gradient` and
+// `eri::lora_gradients` and their CUDA implementation; the schemas are in
+// eri/layers/lora_products.py and eri/layers/narrow.py.
 
 #include "lora_products.h"
 
+#include <optional>
+#include <tuple>
 #include <vector>
 
 #include "op.h"
@@ -36,37 +39,81 @@ void check_ranks(const Op& op, int64_t ranks) {
                   " ranks, expected a multiple of 8");
 }
 
-Tensor lora_down(const Tensor& rows, const Tensor& down, int64_t groups, double scale) {
-  const Op op = {"lora_down"};
-  check_rows(op, "rows", rows, rows);
-  check_rows(op, "down", down, rows);
-  STD_TORCH_CHECK(groups > 0 && down.size(0) % groups == 0, "lora_down: down has ", down.size(0),
+// What rows like those of `beside` are multiplied with.
+void check_down(const Op& op, LoraDownArguments& arguments, const Tensor& down, int64_t groups,
+                double scale, const Tensor& beside) {
+  check_rows(op, "down", down, beside);
+  STD_TORCH_CHECK(groups > 0 && down.size(0) % groups == 0, op.name, ": down has ", down.size(0),
                   " rows, expected a multiple of ", groups, " groups");
-  LoraDownArguments arguments = {};
-  arguments.type = op.float_type("rows", rows);
-  arguments.tokens = rows.size(0);
-  arguments.stride = stride_of(rows);
+  arguments.type = op.float_type("down", down);
+  arguments.tokens = beside.size(0);
+  arguments.down = down.const_data_ptr();
   arguments.down_stride = stride_of(down);
   arguments.scale = static_cast<float>(scale);
   arguments.width = down.size(1);
   arguments.ranks = down.size(0) / groups;
   arguments.groups = groups;
   check_ranks(op, arguments.ranks);
-  STD_TORCH_CHECK(down.size(0) <= kLoraMostRanks, "lora_down: down has ", down.size(0),
+  STD_TORCH_CHECK(down.size(0) <= kLoraMostRanks, op.name, ": down has ", down.size(0),
                   " rows, expected at most ", kLoraMostRanks);
+}
+
+// The products [tokens, groups * ranks], of rows that are there or are joined.
+Tensor queue_down(const Op& op, LoraDownArguments& arguments, const Tensor& rows) {
+  const std::vector<int64_t> sizes = {arguments.tokens, arguments.groups * arguments.ranks};
+  Tensor hidden = torch::stable::new_empty(rows, sizes);
+  arguments.rows = rows.mutable_data_ptr();
+  arguments.stride = stride_of(rows);
+  arguments.hidden = hidden.mutable_data_ptr();
+  op.check_launch(launch_lora_down(arguments, current_stream(rows.get_device_index())));
+  return hidden;
+}
+
+Tensor lora_down(const Tensor& rows, const Tensor& down, int64_t groups, double scale) {
+  const Op op = {"lora_down"};
+  check_rows(op, "rows", rows, rows);
+  LoraDownArguments arguments = {};
+  check_down(op, arguments, down, groups, scale, rows);
   const int64_t columns = groups * down.size(1);
   arguments.has_tail = rows.size(1) == columns + down.size(0);
   STD_TORCH_CHECK(arguments.has_tail || rows.size(1) == columns, "lora_down: rows has ",
                   rows.size(1), " columns, expected ", groups, " of ", down.size(1), ", and ",
                   down.size(0), " or none behind them");
   const DeviceGuard guard(rows.get_device_index());
-  const std::vector<int64_t> sizes = {arguments.tokens, down.size(0)};
-  Tensor hidden = torch::stable::new_empty(rows, sizes);
-  arguments.rows = rows.mutable_data_ptr();
-  arguments.down = down.const_data_ptr();
-  arguments.hidden = hidden.mutable_data_ptr();
-  op.check_launch(launch_lora_down(arguments, current_stream(rows.get_device_index())));
-  return hidden;
+  return queue_down(op, arguments, rows);
+}
+
+std::tuple<Tensor, Tensor> join_rows_narrow(const Tensor& first,
+                                            const std::optional<Tensor>& second,
+                                            const std::optional<Tensor>& third, const Tensor& down,
+                                            double scale) {
+  const Op op = {"join_rows_narrow"};
+  STD_TORCH_CHECK(second || !third, "join_rows_narrow: there is a third, but no second");
+  STD_TORCH_CHECK(op.float_type("first", first) != FloatType::kFloat,
+                  "join_rows_narrow: first is of type Float, expected float16 or bfloat16");
+  LoraDownArguments arguments = {};
+  const auto add = [&](const char* name, const Tensor& part) {
+    check_rows(op, name, part, first);
+    STD_TORCH_CHECK(part.size(0) == first.size(0) && part.size(1) == first.size(1),
+                    "join_rows_narrow: ", name, " is [", part.size(0), ", ", part.size(1),
+                    "], expected [", first.size(0), ", ", first.size(1), "]");
+    arguments.sources[arguments.groups] = part.const_data_ptr();
+    arguments.source_strides[arguments.groups] = stride_of(part);
+    ++arguments.groups;
+  };
+  add("first", first);
+  if (second) add("second", *second);
+  if (third) add("third", *third);
+  check_down(op, arguments, down, arguments.groups, scale, first);
+  STD_TORCH_CHECK(down.size(1) == first.size(1) && down.size(1) > 0, "join_rows_narrow: down has ",
+                  down.size(1), " columns, expected ", first.size(1), ", and one or more");
+  arguments.has_tail = true;
+  const int64_t columns = arguments.groups * (arguments.width + arguments.ranks);
+  const DeviceGuard guard(first.get_device_index());
+  const std::vector<int64_t> sizes = {arguments.tokens, columns};
+  Tensor rows = torch::stable::new_empty(first, sizes);
+  Tensor hidden = queue_down(op, arguments, rows);
+  return {rows, hidden};
 }
 
 void check_total(const Op& op, const char* name, const Tensor& found, const Tensor& beside) {
@@ -155,6 +202,7 @@ void lora_gradients(Tensors dy, Tensors x, Tensors p, Tensors h, Tensors d_down,
 
 STABLE_TORCH_LIBRARY_IMPL(eri, CUDA, m) {
   m.impl("lora_down", TORCH_BOX(&eri::lora_down));
+  m.impl("join_rows_narrow", TORCH_BOX(&eri::join_rows_narrow));
   m.impl("lora_gradient", TORCH_BOX(&eri::lora_gradient));
   m.impl("lora_gradients", TORCH_BOX(&eri::lora_gradients));
 }

@@ -1,4 +1,4 @@
-// The skinny products of low-rank updates; see eri/layers/lora_products.py.
+// The skinny products of low-rank updates; see eri/layers/lora_products.py and narrow.py.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,8 @@ namespace eri {
 constexpr int64_t kLoraMostRanks = 4096;
 // Gradients of so many inputs, which one launch computes.
 constexpr int kLoraGradients = 4;
+// Groups whose rows are joined, at the most.
+constexpr int kLoraJoined = 3;
 
 // Strides and widths are in numbers; every row begins at a multiple of 16 bytes.
 struct LoraDownArguments {
@@ -26,6 +28,10 @@ struct LoraDownArguments {
   int64_t width;     // of a group
   int64_t ranks;     // of a group, a multiple of 8
   int64_t groups;    //
+  // Where each group of rows that are joined on the way is read, [tokens, width] in 16 bits; `rows`
+  // have a tail then, and are written as a whole. Null: they are there.
+  const void* sources[kLoraJoined];
+  int64_t source_strides[kLoraJoined];
 };
 
 struct LoraGradientArguments {

@@ -1,6 +1,7 @@
 // A block takes 8 * kTokens tokens and up to 16 * kRanks ranks of a group, 128 numbers of each at a
 // time, through a ring of stages in shared memory. Each of its warps multiplies 16 of the 128; in
-// the end they add up their sums in a fixed order.
+// the end they add up their sums in a fixed order. Rows that are joined lie elsewhere, group by
+// group: the thread that copied a vector into a stage stores it where it belongs.
 
 #include "launch.h"
 #include "lora_products.h"
@@ -22,6 +23,8 @@ struct Down {
   int ranks;       // of a group
   int groups;      //
   int parts;       // blocks that share the ranks of a group
+  const uint4* sources[kLoraJoined];  // of rows that are joined, each group's
+  int64_t source_strides[kLoraJoined];
 };
 
 constexpr int kWarps = 8;
@@ -43,7 +46,7 @@ struct Tile {
 };
 
 // Tokens and ranks that are not there repeat the last one and are not written.
-template <typename Scalar, int kRanks, int kTokens, int kStages>
+template <typename Scalar, int kRanks, int kTokens, int kStages, bool kJoins>
 __global__ void __launch_bounds__(32 * kWarps) down_kernel(const __grid_constant__ Down a) {
   using Memory = Tile<kRanks, kTokens, kStages>;
   extern __shared__ uint4 memory[];
@@ -57,10 +60,18 @@ __global__ void __launch_bounds__(32 * kWarps) down_kernel(const __grid_constant
   constexpr int kTokenCopies = (kTokens + 1) / 2;
   const int copied_row = thread / kVectors, copied = thread % kVectors;
   const uint4* tokens[kTokenCopies];
+  uint4* joined[kTokenCopies];  // where it stores them; null: another thread does, or none
 #pragma unroll
   for (int i = 0; i < kTokenCopies; ++i) {
     const int64_t token = min(first_token + 16 * i + copied_row, a.tokens - 1);
-    tokens[i] = a.rows + token * a.stride + static_cast<int64_t>(group) * a.width + copied;
+    uint4* place = a.rows + token * a.stride + static_cast<int64_t>(group) * a.width + copied;
+    tokens[i] = place;
+    if constexpr (kJoins) {
+      tokens[i] = a.sources[group] + token * a.source_strides[group] + copied;
+      const bool stores = first_rank == 0 && first_token + 16 * i + copied_row < a.tokens &&
+                          (kTokens > 1 || copied_row < 8);
+      joined[i] = stores ? place : nullptr;
+    }
   }
   const uint4* ranks[kRanks];
 #pragma unroll
@@ -87,6 +98,16 @@ __global__ void __launch_bounds__(32 * kWarps) down_kernel(const __grid_constant
       }
     }
     end_of_stage();
+  };
+  const auto join = [&](int step, int stage) {  // what this thread has copied
+    if (step * kVectors + copied >= a.width) return;
+    const uint4* from = memory + stage * (Memory::kStage / 16);
+#pragma unroll
+    for (int i = 0; i < kTokenCopies; ++i) {
+      if (joined[i] != nullptr) {
+        joined[i][step * kVectors] = from[Memory::at(16 * i + copied_row, copied) / 16];
+      }
+    }
   };
 
   float sums[kRanks][kTokens][4] = {};
@@ -118,6 +139,7 @@ __global__ void __launch_bounds__(32 * kWarps) down_kernel(const __grid_constant
     wait_for_stage<kStages - 2>();
     __syncthreads();  // all have copied this stage, and all are done with the one before it
     fetch(step + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);
+    if constexpr (kJoins) join(step, stage);
     add(stage);
     stage = stage == kStages - 1 ? 0 : stage + 1;
   }
@@ -202,12 +224,12 @@ __global__ void __launch_bounds__(32 * kFloatWarps) float_down_kernel(const Down
   }
 }
 
-template <typename Scalar, int kRanks, int kTokens, int kStages>
+template <typename Scalar, int kRanks, int kTokens, int kStages, bool kJoins>
 cudaError_t launch_tiles(Down a, cudaStream_t stream) {
   a.parts = (a.ranks + 16 * kRanks - 1) / (16 * kRanks);
   const int64_t tiles = (a.tokens + 8 * kTokens - 1) / (8 * kTokens);
   const dim3 blocks(static_cast<uint32_t>(tiles), static_cast<uint32_t>(a.groups * a.parts));
-  const auto kernel = down_kernel<Scalar, kRanks, kTokens, kStages>;
+  const auto kernel = down_kernel<Scalar, kRanks, kTokens, kStages, kJoins>;
   constexpr int kBytes = Tile<kRanks, kTokens, kStages>::kBytes;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
@@ -218,26 +240,28 @@ cudaError_t launch_tiles(Down a, cudaStream_t stream) {
 
 // Measured on an H200: the more tokens there are, the more of them a block takes, so that `down` is
 // read less often, as long as there are blocks for all processors.
-template <typename Scalar, int kRanks>
+template <typename Scalar, int kRanks, bool kJoins>
 cudaError_t launch_ranks(const Down& a, cudaStream_t stream) {
   const int64_t tokens = a.tokens * a.groups;
   if (tokens >= (kRanks == 1 ? 8192 : 3072)) {
-    return launch_tiles<Scalar, kRanks, 4, 4>(a, stream);
+    return launch_tiles<Scalar, kRanks, 4, 4, kJoins>(a, stream);
   }
-  if (kRanks == 1 && tokens >= 2048) return launch_tiles<Scalar, kRanks, 2, 6>(a, stream);
-  return launch_tiles<Scalar, kRanks, 1, 6>(a, stream);
+  if constexpr (kRanks == 1) {
+    if (tokens >= 2048) return launch_tiles<Scalar, kRanks, 2, 6, kJoins>(a, stream);
+  }
+  return launch_tiles<Scalar, kRanks, 1, 6, kJoins>(a, stream);
 }
 
-template <typename Scalar>
+template <typename Scalar, bool kJoins>
 cudaError_t launch(const Down& a, cudaStream_t stream) {
   const int parts = (a.ranks + 47) / 48, ranks = (a.ranks + parts - 1) / parts;
-  if (ranks <= 16) return launch_ranks<Scalar, 1>(a, stream);
-  if (ranks <= 32) return launch_ranks<Scalar, 2>(a, stream);
-  return launch_ranks<Scalar, 3>(a, stream);
+  if (ranks <= 16) return launch_ranks<Scalar, 1, kJoins>(a, stream);
+  if (ranks <= 32) return launch_ranks<Scalar, 2, kJoins>(a, stream);
+  return launch_ranks<Scalar, 3, kJoins>(a, stream);
 }
 
 template <>
-cudaError_t launch<float>(const Down& a, cudaStream_t stream) {
+cudaError_t launch<float, false>(const Down& a, cudaStream_t stream) {
   const dim3 blocks(static_cast<uint32_t>((a.tokens + kFloatWarps - 1) / kFloatWarps),
                     static_cast<uint32_t>(a.groups * a.ranks / 8));
   float_down_kernel<<<blocks, 32 * kFloatWarps, 0, stream>>>(a);
@@ -261,10 +285,18 @@ const char* launch_lora_down(const LoraDownArguments& arguments, void* stream) {
   a.width = static_cast<int>(arguments.width / vector);
   a.ranks = static_cast<int>(arguments.ranks);
   a.groups = static_cast<int>(arguments.groups);
+  for (int i = 0; i < kLoraJoined; ++i) {
+    a.sources[i] = static_cast<const uint4*>(arguments.sources[i]);
+    a.source_strides[i] = arguments.source_strides[i] / vector;
+  }
   cudaError_t error = cudaSuccess;
-  const char* queued = with_type(arguments.type, [&]<typename Scalar>() {
-    error = launch<Scalar>(a, static_cast<cudaStream_t>(stream));
-  });
+  const auto queue = static_cast<cudaStream_t>(stream);
+  const bool joins = a.sources[0] != nullptr;
+  const char* queued =
+      joins ? with_half_type(arguments.type,
+                             [&]<typename Scalar>() { error = launch<Scalar, true>(a, queue); })
+            : with_type(arguments.type,
+                        [&]<typename Scalar>() { error = launch<Scalar, false>(a, queue); });
   return error == cudaSuccess ? queued : cudaGetErrorString(error);
 }
 
