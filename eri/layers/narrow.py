@@ -146,7 +146,14 @@ def layer_norm_backward_narrow(  # noqa: PLR0917 - the signature of the op
 def join_rows_narrow(
     parts: Sequence[Tensor], narrow: Narrow | None
 ) -> tuple[Tensor, Tensor | None]:
-    """What `join_rows` gives, with a tail, and P of it `[T, R]`; None where there is no product.
+    """One to three of `[T, D]` as `[T, n·D + R]`, and P of them; without a product `[T, n·D]`.
+
+    Args:
+        parts: their rows may lie further apart.
+        narrow: what they are multiplied with; one kernel does both where its groups are the parts.
+
+    Returns:
+        The rows, with P in their tail; P `[T, R]`, or None.
 
     Raises:
         ConfigError: the backend is `cuda` and a kernel cannot be used.

@@ -28,10 +28,12 @@ from eri.layers.lora_copies import LoRACopies
 from eri.layers.lora_products import (
     MOST_TOGETHER,
     Gradient,
+    Narrow,
     lora_down,
     lora_gradient,
     lora_gradients,
 )
+from eri.layers.narrow import join_rows_narrow
 from eri.layers.sdpa import sdpa, sdpa_backward
 from scripts.benchmark.kernel_shapes import BATCHES, Level, Net
 from scripts.benchmark.kernel_work import Case, Draw, Work, of_table
@@ -200,6 +202,21 @@ def _join_rows(rows: int, width: int, count: int, tail: int, draw: Draw) -> Work
     )
 
 
+def _join_rows_narrow(rows: int, width: int, count: int, ranks: int, draw: Draw) -> Work:
+    """Called as it is, too."""
+    parts, down = [draw(rows, width) for _ in range(count)], draw(count * ranks, width)
+    join_rows_narrow(parts, Narrow(down, count, 1.0))  # loads the kernels
+    ours = partial(torch.ops.eri.join_rows_narrow, *[*parts, None, None][:3], down, 1.0)
+
+    def theirs() -> object:
+        joined = torch.cat(parts, 1)
+        split = joined.unflatten(1, (count, -1)).transpose(0, 1)
+        return joined, torch.bmm(split, down.unflatten(0, (count, -1)).mT)
+
+    moved = 2 * count * parts[0].nbytes + down.nbytes
+    return Work(ours, theirs, moved + 2 * rows * len(down) * down.element_size())
+
+
 def _lora_copies(net: Net, draw: Draw) -> Work:
     """A and Bᵀ of all layers, and B of those that do not read words, into rows with gaps."""
     copies, contexts = [], {level.context for level in net.levels}
@@ -301,6 +318,10 @@ def _of_level(name: str, net: Net, level: Level, batch: int) -> Iterator[Case]:
         ),
         ("join_rows", f"3 × [{rows}, {width}]", _join_rows, rows, width, 3, 3 * one),
         ("join_rows", f"1 × [{rows}, {width}]", _join_rows, rows, width, 1, one),
+        *(
+            ("join_rows_narrow", f"{n} × [{rows}, {width}]", _join_rows_narrow, rows, width, n, one)
+            for n in (3, 1)
+        ),
     ]
     if rows <= MOST_TOGETHER:
         layers = (width, width, 3), *[(width, width, 1)] * 3
@@ -313,7 +334,7 @@ def _of_level(name: str, net: Net, level: Level, batch: int) -> Iterator[Case]:
 KERNELS = (
     *("layer_norm", "add_layer_norm", "layer_norm_backward", "geglu", "geglu_backward"),
     *("add_layer_norm_narrow", "layer_norm_backward_narrow"),
-    *("cross_attention", "cross_attention_backward", "join_rows"),
+    *("cross_attention", "cross_attention_backward", "join_rows", "join_rows_narrow"),
     *("lora_down", "lora_gradient", "lora_gradients"),
     *("scale_rows", "scale_rows_backward", "swiglu", "swiglu_backward", "rope"),
     *("group_norm_silu", "group_norm_silu_backward", "add_maps", "lora_copies", "adamw"),

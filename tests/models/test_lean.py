@@ -2,15 +2,18 @@
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eri.layers import LoRALinear
 from eri.layers.projection import Projection
 from eri.models.blocks import BasicTransformerBlock
 from eri.models.lean import RECOMPUTE, Recompute, StackParts, transformer_blocks
+from tests.kernel_checks import ops_on_cpu
 
 WIDTH, HEADS, WORDS = 16, 2, 24
 ADAPTED = {
@@ -196,6 +199,41 @@ def test_what_is_kept(count: int) -> None:
     assert sizes["feed-forward"] <= count * (rows * WIDTH * 9 + narrow + kv) + words
     assert sizes["projections"] <= count * (rows * WIDTH * 5 + narrow) + words
     assert sizes["blocks"] == count * rows * WIDTH + words
+
+
+class Products(TorchDispatchMode):
+    """How often rows are joined and multiplied at once; the groups of the products alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joined, self.alone = 0, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.joined += func is torch.ops.eri.join_rows_narrow.default
+        if func is torch.ops.eri.lora_down.default:
+            self.alone.append(args[2])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("needs_dx", [True, False])
+def test_joined_rows_are_multiplied_once(needs_dx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = block_of(dtype=torch.bfloat16, rank=8)
+    x, context = tokens(dtype=torch.bfloat16), tokens(2, 5, WORDS, torch.bfloat16)
+    lean(block)
+    block(x, context)  # copies the matrices, for which a CPU has no op
+    with ops_on_cpu():
+        found = answers(block, x, context)
+        y, products = block(x.requires_grad_(needs_dx), context), Products()
+        with products:
+            y.backward(y.detach())
+        monkeypatch.setattr("eri.layers.narrow._joins", lambda *_: False)
+        apart = answers(block, x, context)
+    for one, other in zip(found, apart, strict=True):
+        assert torch.equal(one, other)
+    assert products.joined == 1 + len(
+        block.blocks
+    )  # the gradient that comes; queries, keys, values
+    assert 3 not in products.alone and 2 * len(block.blocks) in products.alone
 
 
 def test_a_second_derivative_is_refused() -> None:
