@@ -9,7 +9,8 @@ gave, what goes into the gate, and the narrow H of each projection: 17 times tok
 Norms and gates are computed again on the way. A norm adds the residual before it, that of the
 block before included, and on the way back the gradient of the residual; what norms and gates write
 has a tail for the narrow product of the projection that reads it next, which norms and joined rows
-make themselves, see `eri.layers.projection` and `eri.layers.narrow`. The context is projected once for all blocks.
+make themselves, see `eri.layers.projection` and `eri.layers.narrow`. The context is projected once
+for all blocks.
 
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
 """
