@@ -239,7 +239,7 @@ cudaError_t launch_tiles(Down a, cudaStream_t stream) {
 }
 
 // Measured on an H200: the more tokens there are, the more of them a block takes, so that `down` is
-// read less often, as long as there are blocks for all processors.
+// read less often, as long as there are blocks for all processors. Joined rows take as many.
 template <typename Scalar, int kRanks, bool kJoins>
 cudaError_t launch_ranks(const Down& a, cudaStream_t stream) {
   const int64_t tokens = a.tokens * a.groups;
