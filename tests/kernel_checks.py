@@ -63,9 +63,10 @@ def ulp(truth: Tensor, dtype: torch.dtype) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second of a copy in device memory, read and written."""
-    big = torch.empty(2, 2**30, dtype=torch.uint8, device="cuda")
-    return 2 * 2**30 / microseconds(lambda _: big[0].copy_(big[1])) * 1e6
+    """Bytes a second of a copy in device memory, read and written; the driver's or a kernel's."""
+    source, target = torch.zeros(2, 2**28, device="cuda").unbind()
+    copies = lambda _: target.copy_(source), lambda _: torch.neg(source, out=target)
+    return 2 * 2**30 / min(map(microseconds, copies)) * 1e6
 
 
 def microseconds(work: Callable[[int], object], sets: int = 4, windows: int = 7) -> float:

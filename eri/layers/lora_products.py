@@ -52,7 +52,7 @@ __all__ = [
 PADDING = 8  # of a layer's rank
 MOST_RANKS = 4096  # of all layers side by side, padded
 MOST_GRADIENTS = 4  # of one launch
-MOST_TOGETHER = 40_000_000  # numbers of rows in a launch: more are faster one after the other
+MOST_TOGETHER = 45_000_000  # numbers that one reads; larger ones have a launch of their own
 
 
 class Narrow(NamedTuple):
@@ -64,7 +64,7 @@ class Narrow(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """What `lora_gradient` takes."""
+    """What `lora_gradient` takes; x or dy, and their sum, have no columns where there is none."""
 
     dy: Tensor
     x: Tensor
@@ -221,8 +221,8 @@ def lora_gradient(  # noqa: PLR0917 - the signature of the op
     """Add the gradients of A and B of n layers on the same input; all rows may lie further apart.
 
     Args:
-        dy: of what the layers gave, side by side, `[T, n · N]`.
-        x: their input, `[T, K]`.
+        dy: of what the layers gave, side by side, `[T, n · N]`; N may be 0.
+        x: their input, `[T, K]`; K may be 0.
         p: s dy times B, `[T, n · rp]`: of each layer r columns and padding.
         h: s x times A, likewise.
         d_down: of A, float32 `[n · r, K]`.
@@ -241,7 +241,7 @@ def lora_gradient(  # noqa: PLR0917 - the signature of the op
 def lora_gradients(pieces: Sequence[Gradient]) -> None:
     """What `lora_gradient` does for each, none of which reads or writes what another writes.
 
-    A launch takes up to four small ones, so that they fill a card together.
+    A launch takes up to four, so that they fill a card together; large ones do that alone.
     """
     while pieces:
         some, pieces = pieces[:MOST_GRADIENTS], pieces[MOST_GRADIENTS:]
@@ -253,8 +253,8 @@ def lora_gradients(pieces: Sequence[Gradient]) -> None:
 
 
 def _alike(pieces: Sequence[Gradient]) -> bool:
-    """Whether to take one launch: they are small, of a type, and the kernel takes each of them."""
-    numbers = sum(one.dy.numel() + one.x.numel() for one in pieces)
+    """Whether to take one launch: none is large, all are of a type, and the kernel takes each."""
+    numbers = max(one.dy.numel() + one.x.numel() for one in pieces)
     few = numbers <= MOST_TOGETHER and len({one.dy.dtype for one in pieces}) == 1
     return few and all(_unsupported_gradient(one) is None for one in pieces)
 

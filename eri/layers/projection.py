@@ -177,26 +177,40 @@ class Projection:
             return dy @ self.matrix[:, : self.inputs], p
         return (dy @ self.weight).addmm_(p, self.matrix[outputs:, : self.inputs]), p
 
+    def totals(self) -> tuple[Tensor, Tensor] | None:
+        """The parameters' gradients, of A `[n·r, K]` and of B `[n, N, r]`, zeros if there are none
+        yet; None where a layer has no update, or they lie apart.
+        """
+        layers = [layer for _, layer in self._updates()]
+        if len(layers) < self.count:
+            return None
+        down = side_by_side([_grad(layer.lora_a.weight) for layer in layers])
+        up = side_by_side([_grad(layer.lora_b.weight) for layer in layers])
+        return None if down is None or up is None else (down.flatten(0, 1), up)
+
     def gradients(
-        self, dy: Tensor, x: Tensor, p: Tensor | None, h: Tensor | None
+        self, dy: Tensor | None, x: Tensor | None, p: Tensor | None, h: Tensor | None
     ) -> list[Gradient]:
         """What `lora_gradients` adds to the gradients of the updates.
 
         Args:
-            dy: `[T, ΣN]`, or with a tail.
-            x: `[T, K]`, or with a tail.
+            dy: `[T, ΣN]`, or with a tail; None: those of B, in `totals`, are added already.
+            x: `[T, K]`, or with a tail; None: those of A are.
             p: what `narrow` gave.
             h: what `forward` gave beside y.
         """
         if p is None or h is None:
             return []
-        dy, x = dy[:, : self.count * self.width], x[:, : self.inputs]
+        outputs = 0 if dy is None else self.width
+        dy = p[:, :0] if dy is None else dy[:, : self.count * self.width]
+        inputs = 0 if x is None else self.inputs
+        x = p[:, :0] if x is None else x[:, : self.inputs]
+        if (totals := self.totals()) is not None:
+            down, up = totals
+            return [Gradient(dy, x, p, h, down[:, :inputs], up[:, :outputs])]
         updates = list(self._updates())
         downs = [_grad(layer.lora_a.weight) for _, layer in updates]
         ups = [_grad(layer.lora_b.weight) for _, layer in updates]
-        down, up = side_by_side(downs), side_by_side(ups)
-        if len(updates) == self.count and down is not None and up is not None:
-            return [Gradient(dy, x, p, h, down.flatten(0, 1), up)]
         found = []
         for (place, _), down, up in zip(updates, downs, ups, strict=True):
             own = slice(place * self.rank, (place + 1) * self.rank)

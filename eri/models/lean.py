@@ -7,10 +7,10 @@ r"""Transformer blocks as one function, which keeps little and fuses what lies b
 Kept for the backward pass of a block are x₀, x₁ and x₂, the projections q, k, v and what the heads
 gave, what goes into the gate, and the narrow H of each projection: 17 times tokens times width.
 Norms and gates are computed again on the way. A norm adds the residual before it, that of the
-block before included, and on the way back the gradient of the residual; what norms and gates write
-has a tail for the narrow product of the projection that reads it next, which norms and joined rows
-make themselves, see `eri.layers.projection` and `eri.layers.narrow`. The context is projected once
-for all blocks.
+block before included, and on the way back that of the gradient; what norms and gates write has a
+tail for the narrow product of the next projection, see `eri.layers.projection`. Norms make that
+product themselves (`eri.layers.narrow`), and gates gradients (`eri.layers.geglu_lora`). The context
+is projected once for all blocks.
 
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
 """
@@ -26,9 +26,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from eri.layers.cross_attention import cross_attention, cross_attention_backward, is_fastest
 from eri.layers.geglu import geglu, geglu_backward
+from eri.layers.geglu_lora import geglu_backward_lora
 from eri.layers.join_rows import join_rows
 from eri.layers.layer_norm import layer_norm
-from eri.layers.lora_products import MOST_TOGETHER, Gradient, Narrow, lora_gradients
+from eri.layers.lora_products import Gradient, Narrow, lora_gradients
 from eri.layers.narrow import add_layer_norm_narrow, join_rows_narrow, layer_norm_backward_narrow
 from eri.layers.projection import Projection
 from eri.layers.sdpa import Kept, sdpa, sdpa_backward
@@ -150,17 +151,12 @@ class _Blocks(torch.autograd.Function):
         context_rows = context.flatten(0, 1)
         kv = parts.words.forward(context_rows)[0] if run.kv is None else run.kv
         d_kv = torch.empty_like(kv)
-        of_blocks = zip(
-            parts.blocks,
-            (None, *parts.blocks[:-1]),
-            *(_of_each(parts, rows, batch) for rows in (kv, d_kv)),
-            run.x0,
-            run.traces,
-            strict=True,
-        )
+        each = parts.blocks, (None, *parts.blocks[:-1]), run.x0, run.traces
+        words = (_of_each(parts, rows, batch) for rows in (kv, d_kv))
+        of_blocks = zip(*each, *words, strict=True)
         dx, last = None, parts.blocks[-1].ff_out
         g, p = join_rows_narrow([grads[0].flatten(0, 1)], last.of_gradient())
-        for block, before, words, d_words, x0, trace in reversed(list(of_blocks)):
+        for block, before, x0, trace, words, d_words in reversed(list(of_blocks)):
             if trace is None:
                 *_, trace = _forward(block, x0, None, words)
             back = _WayBack(block, x0, words, trace)
@@ -201,7 +197,7 @@ def _forward(
         x0, n, moments1, h = add_layer_norm_narrow(x, y, parts.norms[0], parts.self_in.of_input())
     self_qkv, h_self_in = parts.self_in.forward(n, h)
     self_o, self_kept = _attend(*_heads(self_qkv, batch, 3, parts.heads))
-    y, h_self_out = parts.self_out.forward(self_o)
+    y, h_self_out = parts.self_out.forward(*join_rows_narrow([self_o], parts.self_out.of_input()))
     x1, n, moments2, h = add_layer_norm_narrow(x0, y, parts.norms[1], parts.cross_q.of_input())
     cross_q, h_cross_q = parts.cross_q.forward(n, h)
     cross_o, cross_kept = _attend_words(parts, cross_q, words)
@@ -255,16 +251,25 @@ class _WayBack:
         *_, h_in, h_out = self.trace.hidden
         u = inner.forward(self._norm(2, inner))[0] if self.trace.u is None else self.trace.u
         da, p_out = outer.backward(g, p)
-        du, a = geglu_backward(da, u, inner.tail)
+        du, a, p_in = self._through_gate(da, u, p_out, h_in)
         del u, da
-        gradients = outer.gradients(g, a, p_out, h_out)
-        if du.numel() > MOST_TOGETHER:  # they share no launch, and a is in the cache now
-            lora_gradients(gradients)
-            gradients = []
-        dn, p_in = inner.backward(du)
+        dn, p_in = inner.backward(du, p_in)
         d_sum, n, p = self._through_norm(2, dn, g, self.parts.cross_out.of_gradient())
-        lora_gradients([*inner.gradients(du, n, p_in, h_in), *gradients])
+        of_inner = inner.gradients(None if a is None else du, n, p_in, h_in)
+        lora_gradients(of_inner + outer.gradients(g, a, p_out, h_out))
         return d_sum, p
+
+    def _through_gate(
+        self, da: Tensor, u: Tensor, p: Tensor | None, h: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The gradient of u, with a tail; a and no P, or no a: gradients that read it are added."""
+        inner, narrow = self.parts.ff_in, self.parts.ff_in.of_gradient()
+        of_outer, of_inner = self.parts.ff_out.totals(), inner.totals()
+        if p is None or h is None or of_outer is None or of_inner is None or narrow is None:
+            return *geglu_backward(da, u, inner.tail), None
+        d_down, d_up = of_outer[0], of_inner[1][0]
+        du, p = geglu_backward_lora(da, u, p, h, d_down, d_up, narrow)
+        return du, None, p
 
     def cross_attention(
         self, g: Tensor, p: Tensor | None, d_words: Tensor

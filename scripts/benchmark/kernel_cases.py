@@ -25,14 +25,7 @@ from eri.layers.group_norm_silu import group_norm_silu_backward, group_norm_silu
 from eri.layers.join_rows import join_rows
 from eri.layers.lora import MatrixCopy
 from eri.layers.lora_copies import LoRACopies
-from eri.layers.lora_products import (
-    MOST_TOGETHER,
-    Gradient,
-    Narrow,
-    lora_down,
-    lora_gradient,
-    lora_gradients,
-)
+from eri.layers.lora_products import Gradient, Narrow, lora_down, lora_gradient, lora_gradients
 from eri.layers.narrow import join_rows_narrow
 from eri.layers.sdpa import sdpa, sdpa_backward
 from scripts.benchmark.kernel_shapes import BATCHES, Level, Net
@@ -297,6 +290,7 @@ def _of_level(name: str, net: Net, level: Level, batch: int) -> Iterator[Case]:
     """Attention to words and the adapters of a transformer block."""
     rows, words, width, one = batch * level.tokens, batch * level.words, level.width, net.rank
     pairs = 2 * level.together  # of keys and values: layers that read the words at once
+    layers = (width, width, 3), *[(width, width, 1)] * 3
     few = f"[{batch}, {level.tokens}, {level.heads}·{width // level.heads}], {level.words} keys"
     table = [
         ("cross_attention", few, _cross_attention, batch, level, one),
@@ -316,6 +310,7 @@ def _of_level(name: str, net: Net, level: Level, batch: int) -> Iterator[Case]:
                 *((rows, width, 4 * width, 1), (words, width, level.context, pairs)),
             )
         ),
+        ("lora_gradients", f"[{rows}, {width}], 4 of them", _lora_gradients, rows, layers, one),
         ("join_rows", f"3 × [{rows}, {width}]", _join_rows, rows, width, 3, 3 * one),
         ("join_rows", f"1 × [{rows}, {width}]", _join_rows, rows, width, 1, one),
         *(
@@ -323,16 +318,12 @@ def _of_level(name: str, net: Net, level: Level, batch: int) -> Iterator[Case]:
             for n in (3, 1)
         ),
     ]
-    if rows <= MOST_TOGETHER:
-        layers = (width, width, 3), *[(width, width, 1)] * 3
-        table += [
-            ("lora_gradients", f"[{rows}, {width}], 4 of them", _lora_gradients, rows, layers, one)
-        ]
     yield from of_table(name, table)
 
 
 KERNELS = (
-    *("layer_norm", "add_layer_norm", "layer_norm_backward", "geglu", "geglu_backward"),
+    *("layer_norm", "add_layer_norm", "layer_norm_backward"),
+    *("geglu", "geglu_backward", "geglu_backward_lora"),
     *("add_layer_norm_narrow", "layer_norm_backward_narrow"),
     *("cross_attention", "cross_attention_backward", "join_rows", "join_rows_narrow"),
     *("lora_down", "lora_gradient", "lora_gradients"),

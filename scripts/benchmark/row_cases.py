@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eri.layers.geglu import geglu, geglu_backward, geglu_backward_reference, geglu_reference
+from eri.layers.geglu_lora import geglu_backward_lora, geglu_backward_lora_reference
 from eri.layers.layer_norm import add_layer_norm, layer_norm, layer_norm_backward
 from eri.layers.lora_products import Narrow
 from eri.layers.narrow import add_layer_norm_narrow, layer_norm_backward_narrow
@@ -84,6 +85,18 @@ def _geglu_backward(rows: int, width: int, tail: int, draw: Draw) -> Work:
     return Work(partial(geglu_backward, da, u, tail), theirs, 3 * u.nbytes)
 
 
+def _geglu_backward_lora(rows: int, width: int, ranks: int, draw: Draw) -> Work:
+    u, da, p, h = (draw(rows, of) for of in (2 * width, width, ranks, ranks))
+    d_down, d_up = draw.single(ranks, width), draw.single(2 * width, ranks)
+    given, up = (da, u, p, h, d_down, d_up), draw(ranks, 2 * width)
+    geglu_backward_lora(*given, Narrow(up, 1, SCALE))  # loads the kernels
+    given = (*given, up, SCALE)
+    sums = 2 * (d_down.nbytes + d_up.nbytes)
+    moved = da.nbytes + 2 * u.nbytes + p.nbytes + h.nbytes + sums + _product_bytes(u, up)
+    theirs = partial(geglu_backward_lora_reference, *given)
+    return Work(partial(torch.ops.eri.geglu_backward_lora, *given), theirs, moved)
+
+
 # -------------------------------------------------------------------------------- narrow products
 
 
@@ -138,6 +151,7 @@ def row_cases(name: str, net: Net, level: Level, batch: int) -> Iterator[Case]:
         ("layer_norm_backward", of_norm, _layer_norm_backward, rows, width, one),
         ("geglu", of_gate, _geglu, rows, wide, one),
         ("geglu_backward", of_gate, _geglu_backward, rows, wide, one),
+        ("geglu_backward_lora", f"{of_gate} to {one}", _geglu_backward_lora, rows, wide, one),
         *(
             (kernel, f"{of_norm} to {ranks}", make, rows, width, ranks)
             for kernel, make, ranks in (

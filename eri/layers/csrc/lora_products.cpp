@@ -129,7 +129,7 @@ LoraGradientArguments gradient_of(const Op& op, const Tensor& dy, const Tensor& 
   check_rows(op, "h", h, dy);
   check_total(op, "d_down", d_down, dy);
   check_total(op, "d_up", d_up, dy);
-  STD_TORCH_CHECK(d_up.dim() == 3 && d_up.numel() > 0, op.name, ": d_up is not [n, N, r]");
+  STD_TORCH_CHECK(d_up.dim() == 3 && d_up.size(0) > 0, op.name, ": d_up is not [n, N, r]");
   const int64_t layers = d_up.size(0);
   LoraGradientArguments arguments = {};
   arguments.type = op.float_type("dy", dy);

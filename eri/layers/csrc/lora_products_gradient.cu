@@ -3,8 +3,7 @@
 // of its own. The warps of a block share its tokens and so do the blocks of a cluster (from sm_90
 // on). All warps' sums of one number are added in a fixed order, by one thread.
 
-#include <cooperative_groups.h>
-
+#include "cluster.h"
 #include "launch.h"
 #include "lora_products.h"
 #include "tensor_cores.h"
@@ -15,7 +14,6 @@ namespace {
 constexpr int kSlab = 64;                   // columns of a warp
 constexpr int kSteps = 16;                  // tokens of a stage of the ring
 constexpr int kWideBytes = kSteps * 2 * kSlab;  // of a stage
-constexpr int kClusters = 90;               // from this __CUDA_ARCH__ / 10 on there are some
 constexpr int kRow = kSlab + 4;             // sums of a rank in shared memory, fewer bank conflicts
 
 struct Product {  // small^T wide, for each group of columns of `wide`
@@ -43,24 +41,6 @@ struct Gradients {
   int ends[kLoraGradients];  // blocks of all up to each, not counting splits
   int splits;                // of the tokens: blocks of a cluster
 };
-
-// The shared memory of block `split` of the cluster at the place of `mine`.
-__device__ __forceinline__ const float* shared_of(const float* mine, int split, int splits) {
-#if __CUDA_ARCH__ >= 900
-  if (splits > 1) return cooperative_groups::this_cluster().map_shared_rank(mine, split);
-#endif
-  return mine;
-}
-
-__device__ __forceinline__ void wait_for_all(int splits) {
-#if __CUDA_ARCH__ >= 900
-  if (splits > 1) {
-    cooperative_groups::this_cluster().sync();
-    return;
-  }
-#endif
-  __syncthreads();
-}
 
 // Where the sum of a rank and a column of a group is added; null where it is only padding.
 __device__ __forceinline__ float* place_of(const Gradient& a, bool is_down, int group, int rank,
@@ -218,7 +198,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     }
     *to = sum;
   }
-  wait_for_all(splits);
+  wait_for_cluster(splits);
 #pragma unroll 4
   for (int place = split * 32 * kWarps + static_cast<int>(threadIdx.x); place < tiles * 16 * kSlab;
        place += splits * 32 * kWarps) {
@@ -227,12 +207,14 @@ __global__ void __launch_bounds__(32 * kWarps)
     const int at = is_down ? place % kSlab : place / 16 % kSlab;
     float sum = 0.0f;
 #pragma unroll 4
-    for (int i = 0; i < splits; ++i) sum += shared_of(shared, i, splits)[rank * kRow + at];
+    for (int i = 0; i < splits; ++i) {
+      sum += *shared_of_cluster(shared + rank * kRow + at, i, splits);
+    }
     float* to = place_of(a, is_down, group, first_rank + rank, slab * kSlab + at);
     // nothing else is added there, so no order can change it; no thread waits for what was there
     if (to != nullptr) atomicAdd(to, sum);
   }
-  wait_for_all(splits);  // nobody's shared memory goes before all have read it
+  wait_for_cluster(splits);  // nobody's shared memory goes before all have read it
 }
 
 // float32, on no tensor cores: a thread a column, and eight ranks; the warps share the tokens.
@@ -287,36 +269,11 @@ int share_out(Gradient& a, int slab, int ranks) {
   return a.down.blocks + a.up.blocks;
 }
 
-template <typename Scalar, int kRanks, int kWarps, int kStages>
-cudaError_t launch_tiles(const Gradients& all, int blocks, cudaStream_t stream) {
-  const int splits = all.splits;
-  const auto kernel = gradient_kernel<Scalar, kRanks, kWarps, kStages>;
-  constexpr int kBytes = kWarps * Ring<kRanks, kStages>::kBytes;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned int>(splits);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned int>(blocks * splits));
-  config.blockDim = dim3(32 * kWarps);
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = splits > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, all);
-}
-
 // As many blocks as there are processors, but no warp of one stage; where the kernel was compiled
 // without clusters, no more than there are shares, whatever the card could do.
 template <typename Scalar, int kRanks, int kWarps, int kStages>
 cudaError_t launch_ranks(Gradients all, int count, cudaStream_t stream) {
-  int device = 0, processors = 0;
   cudaFuncAttributes compiled = {};
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   const cudaError_t error =
       cudaFuncGetAttributes(&compiled, gradient_kernel<Scalar, kRanks, kWarps, kStages>);
   if (error != cudaSuccess) return error;
@@ -328,11 +285,12 @@ cudaError_t launch_ranks(Gradients all, int count, cudaStream_t stream) {
   }
   const int steps = (tokens + kSteps * kWarps - 1) / (kSteps * kWarps);
   all.splits = 1;
-  while (compiled.ptxVersion >= kClusters && all.splits < 8 && 4 * all.splits <= steps &&
-         2 * all.splits * blocks <= processors) {
+  while (compiled.ptxVersion >= kFirstWithClusters && all.splits < kMostOfCluster &&
+         4 * all.splits <= steps && 2 * all.splits * blocks <= multiprocessors()) {
     all.splits *= 2;
   }
-  return launch_tiles<Scalar, kRanks, kWarps, kStages>(all, blocks, stream);
+  return launch_clusters(gradient_kernel<Scalar, kRanks, kWarps, kStages>, blocks, all.splits,
+                         32 * kWarps, kWarps * Ring<kRanks, kStages>::kBytes, stream, all);
 }
 
 template <typename Scalar>
@@ -390,7 +348,7 @@ const char* launch_lora_gradients(const LoraGradientArguments* arguments, int co
   Gradients all = {};
   int kept = 0;
   for (int i = 0; i < count; ++i) {
-    if (arguments[i].tokens == 0 || arguments[i].inputs == 0) continue;
+    if (arguments[i].tokens == 0 || arguments[i].inputs + arguments[i].outputs == 0) continue;
     all.of[kept++] = gradient_of(arguments[i]);
   }
   if (kept == 0) return nullptr;

@@ -86,6 +86,27 @@ __device__ __forceinline__ void multiply_add<__nv_bfloat16>(float (&c)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same of A [16, 8] and B [8, 8]: the first two of an A, the first of a B.
+template <typename Scalar>
+__device__ __forceinline__ void multiply_add_eight(float (&c)[4], uint32_t a0, uint32_t a1,
+                                                   uint32_t b);
+template <>
+__device__ __forceinline__ void multiply_add_eight<__half>(float (&c)[4], uint32_t a0, uint32_t a1,
+                                                           uint32_t b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+template <>
+__device__ __forceinline__ void multiply_add_eight<__nv_bfloat16>(float (&c)[4], uint32_t a0,
+                                                                  uint32_t a1, uint32_t b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+
 template <typename Scalar>
 __device__ __forceinline__ uint32_t pack_pair(float first, float second);
 template <>
