@@ -8,7 +8,6 @@ from typing import Any
 from zlib import crc32
 
 import pytest
-from _pytest.nodeid import NodeId
 
 # Before anything imports torch, diffusers or transformers; child processes inherit them.
 os.environ |= {
@@ -90,7 +89,8 @@ def _name_group(item: pytest.Item, group: str) -> None:
     pytest-xdist 3.8 writes it where pytest 9.2 does not look any more: the tests of a file would
     run in all workers, and each of these would make what the file sets up.
     """
-    item._id = NodeId.parse(f"{item.nodeid}@{group}")  # type: ignore[attr-defined]
+    if (found := getattr(item, "_id", None)) is not None:  # older ones look where it is written
+        item._id = type(found).parse(f"{item.nodeid}@{group}")  # type: ignore[attr-defined]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, first_context])])
