@@ -90,8 +90,8 @@ def test_without_clusters_sums_have_another_order_and_are_as_exact(tmp_path: Pat
     c = Case(*(tensor.contiguous() for tensor in given))
     path = tmp_path / "tensors"
     torch.save([c.dy, c.x, c.p, c.h, c.d_down, c.d_up], path)
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"ERI_KERNELS": "portable", "PYTHONPATH": str(root)}
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"ERI_KERNELS": "portable", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(path)], env=environment, capture_output=True, text=True
     )
