@@ -5,9 +5,9 @@ $$H = s\,x A^T$$
 of their results x, and P of the gradients that they pass on, as `eri.layers.lora_products` has it;
 both go behind the rows that they are of, too. The rows are on the chip still: what is saved is that
 they are read again, and a launch. The numbers that are multiplied are those that are written, in 16
-bits, and sums are float32 in an order that never changes. Gates do it in
-another way, and backward alone (`eri.layers.geglu_lora`): their rows are so wide that reading the
-ranks beside whole ones takes as long as reading them again.
+bits, and sums are float32 in an order that never changes. Gates do it in another way, and backward
+alone (`eri.layers.geglu_lora`): their rows are so wide that reading the ranks beside whole ones
+takes as long as reading them again.
 
 Source: "down-projection in the producer": Zhu et al., "LoRAFusion", arXiv 2510.00206, section 3.
 

@@ -13,6 +13,7 @@ from eri.layers.build import SOURCES
 from eri.layers.geglu import geglu_backward
 from eri.layers.geglu_lora import (
     MOST_RANKS,
+    MOST_ROWS,
     geglu_backward_lora,
     geglu_backward_lora_reference,
     unsupported,
@@ -161,6 +162,7 @@ def test_reasons_are_in_words() -> None:
 def test_the_limit_is_that_of_the_header() -> None:
     header = (SOURCES / "geglu_lora.h").read_text()
     assert f"kGegluLoraRanks = {MOST_RANKS};" in header
+    assert f"kGegluLoraRows = 1LL << {MOST_ROWS.bit_length() - 1};" in header
 
 
 # ------------------------------------------------------------------------------------- the kernel

@@ -13,8 +13,6 @@ namespace {
 
 const Op op = {"geglu_backward_lora"};
 
-constexpr int64_t kMost = 1LL << 30;  // rows, and values in a row, exclusive
-
 struct Small {
   int64_t stride;
   int64_t ranks;
@@ -53,8 +51,9 @@ std::tuple<Tensor, Tensor> geglu_backward_lora(const Tensor& da, const Tensor& u
                   ": u is of type Float, expected float16 or bfloat16");
   arguments.rows = u.size(0);
   arguments.width = u.size(1) / 2;
-  STD_TORCH_CHECK(arguments.rows < kMost && arguments.width < kMost, op.name, ": u has ",
-                  arguments.rows, " rows of ", u.size(1), ", expected less than ", kMost);
+  STD_TORCH_CHECK(arguments.rows < kGegluLoraRows && arguments.width < kGegluLoraRows, op.name,
+                  ": u has ", arguments.rows, " rows of ", u.size(1), ", expected less than ",
+                  kGegluLoraRows);
   op.check_kind("u", u, u.get_device_index(), u.scalar_type());
   arguments.u_stride = op.check_rows("u", u, arguments.rows, u.size(1));
   op.check_kind("da", da, u.get_device_index(), u.scalar_type());

@@ -9,6 +9,8 @@
 namespace eri {
 
 constexpr int64_t kGegluLoraRanks = 16;  // of p and of h, padding included, at most
+// Rows, and values in one: fewer than this, so that numbers of h can be counted with 32 bits.
+constexpr int64_t kGegluLoraRows = 1LL << 28;
 
 // Rows begin `stride` elements after each other; strides are multiples of 16 bytes, and all memory
 // begins at one.
