@@ -22,6 +22,7 @@ os.environ |= {
 
 import torch
 
+from eri.layers.backend import no_kernels
 from tests.families import save_sd15_real, save_sd21, save_sdxl
 from tests.tiny import save_sd15
 from tests.torture.sessions import ForkServer
@@ -34,9 +35,16 @@ first_context = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:User
 
 @pytest.fixture(autouse=True)
 def isolated_cache(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """An empty ERI_CACHE for each test, outside the test's own tmp_path."""
+    """An empty ERI_CACHE for each test, outside the test's own tmp_path.
+
+    The kernels are those of this machine's cache: tests of a GPU do not build them for each worker.
+    """
+    if request.node.get_closest_marker("gpu"):
+        no_kernels(torch.device("cuda"))
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("ERI_CACHE", str(cache))
     return cache

