@@ -15,11 +15,15 @@ WITHOUT_VALUES = ("test_schema", "test_autograd_registration", "test_faketensor"
 @contextmanager
 def poison() -> Iterator[None]:
     """What is made inside holds NaN wherever nothing is written."""
+    mode = torch.utils.deterministic
+    filled = mode.fill_uninitialized_memory  # type: ignore[attr-defined]
+    mode.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+        mode.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 @contextmanager

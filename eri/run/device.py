@@ -8,7 +8,7 @@ import torch
 
 from eri.errors import ConfigError
 
-__all__ = ["choose_device", "choose_dtype", "unusable_card"]
+__all__ = ["choose_device", "choose_dtype", "set_arithmetic", "unusable_card"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,6 +39,22 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
             "fp16 needs a GPU; on the CPU use auto, fp32 or bf16", where="train.precision"
         )
     return DTYPES[precision]
+
+
+def set_arithmetic(*, deterministic: bool) -> None:
+    """Settle how this process computes, before it does: float32 in full, repeatable or fast.
+
+    PyTorch's deterministic mode also fills all memory that it allocates, in a kernel each, so that
+    what reads it unwritten repeats as well. Nothing here does, as the tests of the kernels show.
+
+    Args:
+        deterministic: take no kernel whose result may differ from one time to the next.
+    """
+    torch.backends.cudnn.allow_tf32 = False  # in the VAE's convolutions too
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it said
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def unusable_card() -> tuple[str, str] | None:

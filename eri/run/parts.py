@@ -1,6 +1,5 @@
 """The parts of a run, built once from its config: what trains, on what, and how it is looked at."""
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from eri.models.vae import VAE
 from eri.run.base import BaseFacts
 from eri.run.conditions import Condition
 from eri.run.dataset import Images
+from eri.run.device import set_arithmetic
 from eri.run.encoding import Encoder
 from eri.run.micro_batch import Sample
 from eri.run.objective import Objective
@@ -54,7 +54,7 @@ class Encoded:
 
 def encode(config: Config, plan: RunPlan, images: Images, encoder: Encoder) -> Encoded:
     """Encode images, captions and prompts; the encoders are off the device afterwards."""
-    _set_arithmetic(config)
+    set_arithmetic(deterministic=config.train.deterministic)
     train, held_out, vae = images.train, images.validation, encoder.facts.load_vae()
     latents, held_out_latents = encoder.latents(train, vae), encoder.latents(held_out, vae)
     numbers = micro_batches(plan.batches, config.train.accumulate, range(plan.loop.steps))
@@ -164,10 +164,3 @@ def _painter(
         seed=wanted.seed,
         tiled=not plan.memory.decodes_whole(plan.size, weights),
     )
-
-
-def _set_arithmetic(config: Config) -> None:
-    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, in the VAE's convolutions too
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it said
-    torch.use_deterministic_algorithms(config.train.deterministic)

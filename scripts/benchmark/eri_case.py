@@ -8,7 +8,6 @@ whole process, from when the case is built.
 """
 
 import json
-import os
 import tempfile
 from collections import deque
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from eri.models.arrange import RECOMPUTE, arrange
 from eri.models.spec import SD15, SDXL, build_spec
 from eri.models.unet import UNetSpec
 from eri.run.conditions import Conditions
+from eri.run.device import set_arithmetic
 from eri.run.micro_batch import Sample, SampleBatch
 from eri.run.objective import Objective
 from eri.train import Graphs, Step, TrainState, Workspace
@@ -73,10 +73,7 @@ class EriCase:
         default = "on" if on_gpu else "off"
         backend, dropout = options.get("backend", "auto"), int(options.get("dropout", "0")) / 100
         set_backend("reference" if backend == "reference" else "auto")
-        deterministic = options.get("deterministic") == "on"
-        if deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it said
-        torch.use_deterministic_algorithms(deterministic)
+        set_arithmetic(deterministic=options.get("deterministic") == "on")
         self.problem, self.lr = problem, lr
         self.micro = int(options.get("micro", problem.batch))
         self.unet = build_unet(problem).train()

@@ -5,7 +5,7 @@ import torch
 
 from eri.errors import ConfigError
 from eri.run import device
-from eri.run.device import choose_dtype, unusable_card
+from eri.run.device import choose_dtype, set_arithmetic, unusable_card
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -77,3 +77,14 @@ def test_nothing_is_told_without_a_card(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(device, "_has_nvidia_card", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert unusable_card() is None
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_arithmetic_is_settled_and_memory_is_not_filled(deterministic: bool) -> None:
+    try:
+        set_arithmetic(deterministic=deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.empty(1 << 16).isnan().all()
+    finally:
+        set_arithmetic(deterministic=False)
