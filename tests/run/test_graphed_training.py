@@ -19,6 +19,7 @@ from eri.layers.adamw import Control
 from eri.models import load_unet
 from eri.models.arrange import RECOMPUTE, arrange
 from eri.models.unet import UNetSpec
+from eri.run.device import set_arithmetic
 from eri.run.halving import Halving
 from eri.run.objective import Objective, Sample, SampleBatch
 from eri.run.train import train
@@ -36,11 +37,10 @@ BATCH = 2  # of a micro-batch, of which a step has two
 
 
 @pytest.fixture(autouse=True)
-def repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    torch.use_deterministic_algorithms(True)
+def repeatable() -> Iterator[None]:
+    set_arithmetic(deterministic=True)
     yield
-    torch.use_deterministic_algorithms(False)
+    set_arithmetic(deterministic=False)
 
 
 @dataclass(frozen=True)
