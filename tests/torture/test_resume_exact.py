@@ -24,7 +24,7 @@ def test_so_does_one_of_fresh_pythons(workload: Workload, straight: Workload) ->
     def begin(number: int) -> Session:
         return start("train", workload.config, folder=workload.folder / str(number))
 
-    assert kills.training(workload, begin, kills=3, seed=3).kills == 3
+    assert kills.training(workload, begin, kills=1, seed=3).kills == 1
     assert digest(workload.run) == digest(straight.run)
     assert logged_steps(workload.run) == list(range(1, STEPS + 1))
 
