@@ -47,7 +47,7 @@ __all__ = [
 SIZES = (40, 64, 80, 160)  # of a head
 MOST_KEYS = 256
 FEW_KEYS = 80  # on an H200 cuDNN is faster with 231
-MOST_ELEMENTS = 2**31  # of the queries, tails included
+MOST_ELEMENTS = 2**31  # of the queries, tails included, and of keys with values
 
 
 def cross_attention_reference(q: Tensor, kv: Tensor, heads: int) -> Tensor:
@@ -103,9 +103,10 @@ def unsupported(q: Tensor, kv: Tensor, heads: int, tail: int = 0) -> str | None:
         return f"heads have {q.shape[-1] // heads} numbers, not one of {sizes}"
     if not 0 < kv.shape[1] <= MOST_KEYS:
         return f"there are {kv.shape[1]} keys, not 1 to {MOST_KEYS}"
-    elements = q.shape[0] * q.shape[1] * (q.shape[2] + tail)
-    if not 0 < elements < MOST_ELEMENTS:
-        return f"q has {elements} elements, not 1 to {MOST_ELEMENTS - 1}"
+    rows, words = q.shape[0] * q.shape[1], kv.shape[0] * kv.shape[1]
+    for name, elements in ("q", rows * (q.shape[2] + tail)), ("kv", words * 2 * q.shape[2]):
+        if not 0 < elements < MOST_ELEMENTS:
+            return f"{name} has {elements} elements, not 1 to {MOST_ELEMENTS - 1}"
     return unsupported_tail(tail, q)
 
 

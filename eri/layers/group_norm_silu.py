@@ -176,7 +176,8 @@ def _unsupported_size(x: Tensor, groups: int) -> str | None:
         return f"x has {channels} channels, not a multiple of {vector} and of {groups} groups"
     if math.lcm(channels // groups, vector) > MOST_VECTORS * vector:
         return f"groups of {channels // groups} channels are too wide"
-    if samples > MOST_SAMPLES or channels * height * width >= MOST_ELEMENTS:
+    most = max(channels * height * width, samples * groups)  # counted in 32 bits
+    if samples > MOST_SAMPLES or most >= MOST_ELEMENTS:
         return f"x is {list(x.shape)}, too large"
     return None
 

@@ -9,7 +9,7 @@ copied matrix by matrix.
 Measured with `pytest -s -m gpu tests/layers/test_lora_copies.py -k bandwidth`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from eri.layers.lora import MatrixCopy
 __all__ = ["LoRACopies", "unsupported"]
 
 NUMBERS = 7  # of a copy, in the table: see csrc/lora_copies.h
+MOST_NUMBERS = 2**31  # of a matrix: fewer
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -63,7 +64,7 @@ class LoRACopies:
         torch.ops.eri.lora_copies(self._table, TYPES[self.copies[0].target.dtype])
 
 
-def unsupported(copies: Iterable[MatrixCopy]) -> str | None:
+def unsupported(copies: Sequence[MatrixCopy]) -> str | None:
     """Why the kernel cannot make these copies, in words; None where it can."""
     types = {copy.target.dtype for copy in copies}
     if len(types) > 1 or not types <= TYPES.keys():
@@ -72,6 +73,10 @@ def unsupported(copies: Iterable[MatrixCopy]) -> str | None:
     if types != {torch.float32}:
         return f"it would copy from {_names(types)}, not from float32"
     for source, target in copies:
+        if source.device != copies[0].target.device or target.device != copies[0].target.device:
+            return f"a copy is from {source.device} to {target.device}"
+        if target.numel() >= MOST_NUMBERS:
+            return f"a copy of {list(source.shape)} is too large"
         if source.shape != target.shape or target.ndim != 2 or target.stride(1) != 1:
             return f"a copy of {list(source.shape)} does not lie in rows of {list(target.shape)}"
     return None

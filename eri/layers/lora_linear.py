@@ -35,7 +35,7 @@ from eri.layers.backend import is_transformed, use_kernel
 from eri.layers.conv import Conv2d
 from eri.layers.linear import Linear
 from eri.layers.lora import LoRALayer, check_rank, master_dtype
-from eri.layers.lora_products import MOST_RANKS, PADDING, lora_down, lora_gradient
+from eri.layers.lora_products import MOST_RANKS, MOST_ROWS, PADDING, lora_down, lora_gradient
 from eri.layers.vectors import VECTOR, aligned_rows, type_name, unsupported_type
 
 __all__ = [
@@ -46,7 +46,6 @@ __all__ = [
     "unsupported",
 ]
 
-MOST_ROWS = 2**30
 PLAIN = {nn.Linear.forward, Linear.forward, nn.Conv2d.forward, Conv2d.forward}
 
 

@@ -51,6 +51,7 @@ __all__ = [
 
 PADDING = 8  # of a layer's rank
 MOST_RANKS = 4096  # of all layers side by side, padded
+MOST_ROWS = 2**30  # or columns of a matrix
 MOST_GRADIENTS = 4  # of one launch
 MOST_TOGETHER = 45_000_000  # numbers that one reads; larger ones have a launch of their own
 
@@ -136,6 +137,8 @@ def _badly_laid(name: str, matrix: Tensor, first: str, dtype: torch.dtype) -> st
     vector = VECTOR // matrix.element_size()
     tokens, width = matrix.shape
     stride = matrix.stride(0) if tokens > 1 else width
+    if max(matrix.shape) >= MOST_ROWS:
+        return f"{name} is {list(matrix.shape)}, not less than {MOST_ROWS} rows and columns"
     if matrix.storage_offset() % vector:
         return f"{name} does not begin at a multiple of {VECTOR} bytes"
     if (width > 1 and matrix.stride(1) != 1) or stride % vector or width % vector:

@@ -32,7 +32,7 @@ from eri.layers import layer_norm as norms
 from eri.layers.backend import kernels_ready
 from eri.layers.join_rows import MOST, join_rows
 from eri.layers.join_rows import unsupported as unsupported_join
-from eri.layers.lora_products import Narrow, lora_down, lora_down_reference
+from eri.layers.lora_products import MOST_ROWS, Narrow, lora_down, lora_down_reference
 from eri.layers.lora_products import unsupported as unsupported_product
 from eri.layers.vectors import aligned_rows
 
@@ -194,6 +194,7 @@ def _joins(parts: Sequence[Tensor], narrow: Narrow) -> bool:
     return (
         parts[0].dtype in TYPES
         and narrow.groups == len(parts)
+        and len(parts[0]) < MOST_ROWS
         and unsupported_join(parts, side_by_side) is None
         and unsupported_product(ranks, {}, down=narrow.down) is None
         and kernels_ready(parts[0].device)

@@ -130,6 +130,10 @@ def test_reasons_are_in_words() -> None:
     assert unsupported(empty, torch.zeros(1, 1, 128).half(), 1) == (
         "q has 0 elements, not 1 to 2147483647"
     )
+    many = torch.zeros(1, dtype=torch.bfloat16, device="meta")
+    assert unsupported(many.expand(2**17, 1, 64), many.expand(2**17, 256, 128), 1) == (
+        "kv has 4294967296 elements, not 1 to 2147483647"
+    )
 
 
 def test_the_limit_is_that_of_the_header() -> None:

@@ -178,6 +178,7 @@ def test_reasons_are_in_words() -> None:
     assert reason(1, 2664, 5, 5, groups=8) == "groups of 333 channels are too wide"
     assert reason(65536, 64, 1, 1) == "x is [65536, 64, 1, 1], too large"
     assert reason(1, 64, 8192, 4096) == "x is [1, 64, 8192, 4096], too large"
+    assert reason(65535, 32776, 1, 1, groups=32776) == "x is [65535, 32776, 1, 1], too large"
 
 
 def test_the_limits_are_those_of_the_header() -> None:

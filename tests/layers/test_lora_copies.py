@@ -62,6 +62,10 @@ def test_what_the_kernel_cannot_do_is_said() -> None:
     )
     turned = [MatrixCopy(torch.zeros(8, 4), torch.zeros(4, 8).T)]
     assert unsupported(turned) == "a copy of [8, 4] does not lie in rows of [8, 4]"
+    elsewhere = MatrixCopy(torch.zeros(8, 4, device="meta"), torch.zeros(8, 4))
+    assert unsupported([elsewhere]) == "a copy is from meta to cpu"
+    huge = MatrixCopy(*torch.zeros(2, 1, device="meta").expand(2, 2**31).unflatten(1, (2**15, -1)))
+    assert unsupported([huge]) == "a copy of [32768, 65536] is too large"
 
 
 @pytest.mark.gpu

@@ -164,6 +164,9 @@ def test_reasons_are_in_words() -> None:
     assert reason(torch.zeros(3, 12).half()) == rows.format(12, 12, 8)
     assert reason(torch.zeros(24, 4).T) == rows.format(24, 1, 4)
     assert reason(torch.zeros(3, 28)[:, 2:26]) == "rows does not begin at a multiple of 16 bytes"
+    assert reason(torch.zeros(1, 8).expand(2**30, 8)) == (
+        "rows is [1073741824, 8], not less than 1073741824 rows and columns"
+    )
     found = unsupported(8, {}, x=torch.zeros(3, 8).half(), down=torch.zeros(8, 8))
     assert found == "x is float16, and down float32"
     assert reason(torch.zeros(3, 24), 4) == (

@@ -30,6 +30,8 @@ int check_words(const char* name, const Tensor& found, const Tensor& q) {
       op.check_rows(name, found, found.size(0) * found.size(1), found.size(2));
   STD_TORCH_CHECK(kCrossAttentionKeys * stride < (1LL << 31), "cross_attention: ", name,
                   " has rows ", stride, " elements apart, expected fewer than 2^23");
+  STD_TORCH_CHECK(found.numel() < (1LL << 31), "cross_attention: ", name, " has ", found.numel(),
+                  " elements, expected fewer than 2^31");
   return static_cast<int>(stride);
 }
 
@@ -85,8 +87,12 @@ Tensor cross_attention_backward(const Tensor& d_o, const Tensor& q, const Tensor
   arguments.dkv_stride = check_words("dkv", dkv, q);
   STD_TORCH_CHECK(dkv.size(1) == kv.size(1), "cross_attention: dkv has ", dkv.size(1),
                   " rows of a sample, kv ", kv.size(1));
+  STD_TORCH_CHECK(dkv.size(0) * dkv.size(1) < 2 || arguments.dkv_stride >= dkv.size(2),
+                  "cross_attention: dkv has rows that share memory");
   const DeviceGuard guard(q.get_device_index());
-  const std::vector<int64_t> of_work = {cross_attention_work(arguments)};
+  int64_t work = 0;
+  op.check_launch(plan_cross_attention_backward(arguments, &work));
+  const std::vector<int64_t> of_work = {work};
   Tensor scratch = torch::stable::new_empty(q, of_work, ScalarType::Float);
   Tensor dq = result_of(q, tail);
   arguments.d_o = d_o.const_data_ptr();

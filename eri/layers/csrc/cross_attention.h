@@ -15,7 +15,7 @@ struct CrossAttentionArguments {
   const void* d_o;          // like q; null in the forward pass
   void* result;             // o or dq, [batch * queries, result_stride]; heads * size are written
   void* dkv;                // [batch * keys, dkv_stride], like kv
-  float* work;              // for the backward pass, as long as cross_attention_work says
+  float* work;              // for the backward pass, as long as plan_... says
   FloatType type;           // of all but work; not float32
   int batch;                //
   int queries;              // of a sample; queries * result_stride < 2^31
@@ -25,13 +25,14 @@ struct CrossAttentionArguments {
   int kv_stride;            // numbers from one row to the next; multiples of 8
   int dkv_stride;           // keys * of both < 2^31
   int result_stride;        //
+  int strips;               // of queries in the backward pass: what plan_... has found
 };
 
 // Each queues its kernels on a cudaStream_t; returns null, or what CUDA says is wrong.
 const char* launch_cross_attention(const CrossAttentionArguments& arguments, void* stream);
 const char* launch_cross_attention_backward(const CrossAttentionArguments& arguments, void* stream);
 
-// Numbers of float32 that the backward pass needs on the current device.
-int64_t cross_attention_work(const CrossAttentionArguments& arguments);
+// Settles the backward pass on the current device, and tells how many numbers of float32 it needs.
+const char* plan_cross_attention_backward(CrossAttentionArguments& arguments, int64_t* work);
 
 }  // namespace eri

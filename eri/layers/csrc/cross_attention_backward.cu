@@ -225,9 +225,8 @@ __global__ void __launch_bounds__(kSumThreads)
 }
 
 template <typename Scalar, int kSize>
-Problem plan(const CrossAttentionArguments& a) {
+int strips_on_device(const CrossAttentionArguments& a) {
   using C = Cut<kSize>;
-  Problem p = problem_of(a, C::kRows);
   const bool whole = C::whole(a.keys);
   const int chunks = (a.keys + C::kKeys - 1) / C::kKeys;
   const auto resident_of = [&]<bool kWhole>() {
@@ -238,14 +237,14 @@ Problem plan(const CrossAttentionArguments& a) {
     if (whole) resident = resident_of.template operator()<true>();
   }
   if (!whole) resident = resident_of.template operator()<false>();
-  p.strips = strips_of(a.batch * a.heads * chunks, p.tiles, resident);
-  return p;
+  return strips_of(a.batch * a.heads * chunks, problem_of(a, C::kRows).tiles, resident);
 }
 
 template <typename Scalar, int kSize>
 void launch(const CrossAttentionArguments& a, cudaStream_t stream) {
   using C = Cut<kSize>;
-  const Problem p = plan<Scalar, kSize>(a);
+  Problem p = problem_of(a, C::kRows);
+  p.strips = a.strips;
   const int heads = a.batch * a.heads;
   float* const moments = a.work + 2LL * heads * p.strips * a.keys * kSize;
   const Pointers<Scalar> at = {
@@ -285,15 +284,13 @@ const char* launch_cross_attention_backward(const CrossAttentionArguments& argum
   });
 }
 
-int64_t cross_attention_work(const CrossAttentionArguments& a) {
-  int64_t numbers = 0;
-  with_size(a, [&]<typename Scalar, int kSize>() {
-    const Problem p = plan<Scalar, kSize>(a);
-      const int64_t heads = a.batch * a.heads;
-    numbers = 2 * heads * p.strips * a.keys * kSize;
-    if (!Cut<kSize>::whole(a.keys)) numbers += heads * a.queries * kMoments;
+const char* plan_cross_attention_backward(CrossAttentionArguments& a, int64_t* work) {
+  return with_size(a, [&]<typename Scalar, int kSize>() {
+    a.strips = strips_on_device<Scalar, kSize>(a);
+    const int64_t heads = a.batch * a.heads;
+    *work = 2 * heads * a.strips * a.keys * kSize;
+    if (!Cut<kSize>::whole(a.keys)) *work += heads * a.queries * kMoments;
   });
-  return numbers;
 }
 
 }  // namespace eri

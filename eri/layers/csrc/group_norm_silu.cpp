@@ -44,6 +44,7 @@ GroupNormArguments arguments_of(const Tensor& x, const Tensor& weight, const Ten
   STD_TORCH_CHECK(std::lcm(channels / groups, vector) <= kGroupNormVectors * vector,
                   "group_norm_silu: groups of ", channels / groups, " channels are too wide");
   STD_TORCH_CHECK(arguments.samples <= kGroupNormSamples &&
+                      arguments.samples * groups < kGroupNormSample &&
                       arguments.pixels * channels < kGroupNormSample,
                   "group_norm_silu: x is too large");
   if (added) {

@@ -10,7 +10,7 @@ namespace eri {
 // Limits of the kernels; eri/layers/group_norm_silu.py has the same.
 constexpr int kGroupNormVectors = 320;           // of 16 bytes: the least run of whole groups
 constexpr int64_t kGroupNormSamples = 65535;     // of a batch
-constexpr int64_t kGroupNormSample = 1LL << 31;  // elements of a sample: fewer than this
+constexpr int64_t kGroupNormSample = 1LL << 31;  // elements of one, groups of all: fewer
 
 struct GroupNormArguments {
   const void* x;         // [samples, pixels, channels]; 16-byte aligned like dy and result

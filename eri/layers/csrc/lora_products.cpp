@@ -79,6 +79,8 @@ Tensor lora_down(const Tensor& rows, const Tensor& down, int64_t groups, double 
   STD_TORCH_CHECK(arguments.has_tail || rows.size(1) == columns, "lora_down: rows has ",
                   rows.size(1), " columns, expected ", groups, " of ", down.size(1), ", and ",
                   down.size(0), " or none behind them");
+  STD_TORCH_CHECK(!arguments.has_tail || rows.size(0) < 2 || rows.stride(0) >= rows.size(1),
+                  "lora_down: rows share memory, and their tails are written");
   const DeviceGuard guard(rows.get_device_index());
   return queue_down(op, arguments, rows);
 }

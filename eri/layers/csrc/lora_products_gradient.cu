@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(32 * kFloatWarps)
     const int end = min(token + 64 * kFloatWarps, a.tokens);
 #pragma unroll 2
     for (; token < end; token += kFloatWarps) {
-      const float value = __ldg(wide + token * 4 * product.wide_stride);
+      const float value = __ldg(wide + token * (4 * product.wide_stride));
       const float4 first = __ldg(small + token * product.small_stride);
       const float4 second = __ldg(small + token * product.small_stride + 1);
       const float ranks[] = {first.x,  first.y,  first.z,  first.w,

@@ -57,6 +57,7 @@ std::tuple<Tensor, Tensor> scale_rows_backward(const Tensor& dy, const Tensor& x
   op.check_kind("dy", dy, x.get_device_index(), x.scalar_type());
   arguments.dy_stride = op.check_rows("dy", dy, arguments.rows, arguments.width);
   arguments.dy = dy.const_data_ptr();
+  STD_TORCH_CHECK(arguments.rows > 0, "scale_rows: x has no rows");
   const DeviceGuard guard(x.get_device_index());
   const int64_t count = of_weight ? scale_rows_parts(arguments) : 0;
   Tensor dx = torch::stable::new_empty(x, x.sizes());
