@@ -118,7 +118,13 @@ class Adapter:
         self._copies[1]()
 
     def detach(self) -> None:
-        """Put the base layers back: the model computes what it did before."""
+        """Put the base layers back: the model computes what it did before.
+
+        Raises:
+            ValueError: the model is arranged in a way that reads the adapter elsewhere, too.
+        """
+        if any(layer.copied_by is not None for layer in self.layers.values()):
+            raise ValueError("Adapter.detach: arrange(model, lean=False) first")
         for name, layer in self.layers.items():
             self.model.set_submodule(name, layer.base)
 

@@ -78,7 +78,10 @@ def _backend(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend:
         return SDPBackend.FLASH_ATTENTION
     with torch.enable_grad():
         wanting = q.detach().requires_grad_()
-        return SDPBackend(torch._fused_sdp_choice(wanting, k, v))
+        chosen = SDPBackend(torch._fused_sdp_choice(wanting, k, v))
+    if chosen == SDPBackend.FLASH_ATTENTION and q.is_cuda and q.shape[-1] % 8:
+        return SDPBackend.MATH  # PyTorch pads such heads before it calls that kernel
+    return chosen
 
 
 def _math_backward(d_o: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -148,7 +148,7 @@ def _compilers() -> list[str]:
         packages = sorted(PACKAGES.glob("nvidia/cu*/bin/nvcc"), reverse=True)
         usual = [os.path.join(folder, "bin", "nvcc") for folder in CUDA_FOLDERS]
         places = [*map(str, packages), "nvcc", *usual]
-    found = filter(None, map(shutil.which, places))
+    found = filter(None, map(_find, places))
     return list({os.path.realpath(path): path for path in reversed([*found])}.values())[::-1]
 
 
@@ -181,12 +181,18 @@ def _toolkit() -> str:
 
 def _find_cxx() -> str | None:
     named = os.environ.get("CXX")
-    return shutil.which(named) if named else shutil.which("g++") or shutil.which("c++")
+    return _find(named) if named else _find("g++") or _find("c++")
 
 
 def _find_ninja() -> str | None:
     """On the PATH, or beside this Python: a virtual environment that is not activated has it."""
-    return shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+    return _find("ninja") or _find("ninja", path=str(Path(sys.executable).parent))
+
+
+def _find(program: str, path: str | None = None) -> str | None:
+    """Where a program is, from any folder: ninja runs the compilers in another one."""
+    found = shutil.which(program, path=path)
+    return None if found is None else os.path.abspath(found)
 
 
 def _output(program: str, *arguments: str) -> str:

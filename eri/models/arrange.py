@@ -7,7 +7,8 @@ blocks of a map as one function (`eri.models.lean`), and each resnet as one
 attentions, and what goes into gates, and compute the rest again on the way. In units of tokens
 times width that is 17 for a transformer block. `Recompute` goes on from there. The weights of lean
 blocks' linear layers lie where products read them, see `eri.layers.projection`; the modules have
-views of them.
+views of them. Copies of A and B lie beside them: whoever changes the matrices in a way that PyTorch
+does not count (`_version`), as its fused optimizers do, calls `Adapter.changed` afterwards.
 
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
 """
@@ -35,7 +36,8 @@ def arrange(unet: UNet, *, lean: bool, recompute: Recompute = "nothing") -> None
         recompute: what of the transformer blocks is computed again.
 
     Raises:
-        ValueError: lean, and something beside an adapter trains, or an adapter has dropout.
+        ValueError: lean, and something beside an adapter trains, a matrix of one does not, or one
+            has dropout.
     """
     if lean:
         _check_lean(unet)
@@ -68,7 +70,10 @@ def _check_lean(unet: UNet) -> None:
     adapters = [m for m in unet.modules() if isinstance(m, LoRALinear | LoRAConv2d)]
     if any(layer.dropout.p > 0 for layer in adapters):
         raise ValueError("arrange: lean blocks have no dropout on adapters")
-    allowed = {id(p) for m in adapters for part in (m.lora_a, m.lora_b) for p in part.parameters()}
+    trained = [p for m in adapters for part in (m.lora_a, m.lora_b) for p in part.parameters()]
+    if not all(parameter.requires_grad for parameter in trained):
+        raise ValueError("arrange: lean blocks train all matrices of an adapter, and one is frozen")
+    allowed = set(map(id, trained))
     for name, parameter in unet.named_parameters():
         if parameter.requires_grad and id(parameter) not in allowed:
             raise ValueError(f"arrange: lean blocks need frozen weights, and {name} trains")

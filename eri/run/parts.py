@@ -84,6 +84,7 @@ def build(
     encoded: Encoded,
     *,
     settle: Callable[[UNet, Sequence[Sample]], NoiseSchedule],
+    say: Callable[[str], None],
 ) -> Parts:
     """Load the U-Net and attach a fresh adapter.
 
@@ -94,6 +95,7 @@ def build(
         encoded: images and prompts.
         settle: decides what the U-Net predicts, and over which schedule, while it is still the
             base model alone.
+        say: gets a line when steps cannot run as fast as was planned.
     """
     unet = facts.load_unet(dtype=plan.dtype, device=plan.device)
     schedule = settle(unet, encoded.samples)
@@ -125,7 +127,7 @@ def build(
             objective,
             weight_decay=config.train.weight_decay,
             max_grad_norm=config.train.max_grad_norm,
-            graphs=workspace and Graphs(workspace, MOST if memory.uses_graphs else 0),
+            graphs=workspace and Graphs(workspace, MOST if memory.uses_graphs else 0, say),
             told=objective.told,
         ),
         workspace=workspace or nullcontext,

@@ -9,6 +9,7 @@ from eri.diffusion import Sampler
 from eri.errors import ConfigError
 from eri.formats.header import read_header
 from eri.formats.prediction_hints import file_hint
+from eri.layers.backend import set_backend
 from eri.printable import printable
 from eri.run.adapter_files import CONFIG, find_adapter
 from eri.run.base import BaseFacts, look_at
@@ -42,6 +43,8 @@ class Drawing:
 def draw(drawing: Drawing, output: Path, *, overwrite: bool = False) -> str:
     """Draw one picture for each prompt; several come on one sheet.
 
+    By PyTorch's own operations: no kernels are built for a picture.
+
     Returns:
         A line that says what was written.
 
@@ -61,6 +64,7 @@ def draw(drawing: Drawing, output: Path, *, overwrite: bool = False) -> str:
         )
     device = choose_device()
     dtype = choose_dtype("auto", device)
+    set_backend("reference")
     with memory_errors():
         with Reader(facts, dtype=dtype, device=device) as reader:
             guides = [reader.guide(prompt, drawing.negative) for prompt in drawing.prompts]

@@ -209,7 +209,9 @@ class _Run:
         stop: StopSignals,
     ) -> bool:
         with self.clock("loading"):
-            parts = build(self.config, self.plan, self.facts, encoded, settle=self._settle)
+            parts = build(
+                self.config, self.plan, self.facts, encoded, settle=self._settle, say=self.say
+            )
         examples = self.images.examples(self.plan.size)  # now: hours later they may be gone
         loop, numbers = self.plan.loop, parts.state.flat.master.numel()
         if checkpoint is not None:

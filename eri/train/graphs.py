@@ -12,6 +12,7 @@ Source: CUDA C++ Programming Guide, "CUDA Graphs"; PyTorch notes, "CUDA Graphs".
 """
 
 import gc
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 
 __all__ = ["MOST", "Graphs", "Workspace"]
+
+log = logging.getLogger(__name__)
 
 MOST = 32  # graphs; each takes some ten MiB beside the memory that they share
 
@@ -87,11 +90,19 @@ class Graphs:
     Args:
         workspace: of all the graphs.
         most: that are recorded; inputs of further shapes just run.
+        say: gets a line when there are more of them, once.
     """
 
-    def __init__(self, workspace: Workspace, most: int = MOST) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        most: int = MOST,
+        say: Callable[[str], None] = log.warning,
+    ) -> None:
         self.workspace = workspace
         self.most = most
+        self.say = say
+        self._is_full = False  # and that was said
         self.seconds = 0.0  # of the host, for what is met first and for recording
         self._met: set[object] = set()
         self._graphs: dict[object, _Graph] = {}
@@ -108,6 +119,8 @@ class Graphs:
         began, is_new = perf_counter(), key not in self._met
         if key not in self._graphs and (is_new or len(self._graphs) >= self.most):
             self._met.add(key)
+            if not is_new:
+                self._tell_full()
             with self.workspace():
                 run({name: self._moved(tensor) for name, tensor in inputs.items()})
             self.seconds += perf_counter() - began if is_new else 0.0
@@ -120,6 +133,14 @@ class Graphs:
             for name, place in graph.inputs.items():
                 place.copy_(self._ready(inputs[name]), non_blocking=True)
             graph.graph.replay()
+
+    def _tell_full(self) -> None:
+        if self.most > 0 and not self._is_full:
+            self._is_full = True
+            self.say(
+                f"note: {self.most} kinds of steps are recorded, by the shapes of their images and "
+                "captions; all others are launched kernel by kernel, which is slower"
+            )
 
     def __len__(self) -> int:
         return len(self._graphs)

@@ -41,6 +41,17 @@ def test_a_fresh_adapter_changes_nothing_and_detaching_puts_everything_back(sd15
     assert list(unet.state_dict()) == keys
 
 
+def test_what_is_read_elsewhere_too_is_not_detached(sd15: Path) -> None:
+    unet = load_unet(sd15).requires_grad_(False)
+    before, adapter = answer(unet), randomise(attach(unet, rank=4))
+    arrange(unet, lean=True)
+    with pytest.raises(ValueError, match=r"arrange\(model, lean=False\) first"):
+        adapter.detach()
+    arrange(unet, lean=False)
+    adapter.detach()
+    torch.testing.assert_close(answer(unet), before)
+
+
 def test_only_the_adapter_trains_and_every_adapted_layer_is_a_lora_layer(sd15: Path) -> None:
     unet = load_unet(sd15).requires_grad_(True)
     adapter = attach(unet, rank=2, alpha=1)

@@ -60,6 +60,14 @@ def test_on_meta_it_is_counted_as_fused() -> None:
 
 
 @pytest.mark.gpu
+def test_heads_that_pytorch_would_pad() -> None:
+    qkv = heads(1, 64, 64, 20, "cuda", torch.bfloat16)
+    d_o = torch.randn_like(qkv[0])
+    found, _ = ours(d_o, *qkv)
+    torch.testing.assert_close(found, theirs(d_o, *qkv), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(2, 256, 256, 64), (1, 128, 77, 40), (1, 64, 64, 160)])
 def test_each_backend_of_a_gpu_is_pytorchs(backend: SDPBackend, shape: tuple[int, ...]) -> None:

@@ -72,6 +72,17 @@ def test_the_compiler_that_cuda_home_names(
     assert lacks()[0].what == "no CUDA compiler (nvcc)"
 
 
+@pytest.mark.parametrize("name", ["CUDA_HOME", "PATH"])
+def test_what_is_named_from_here_is_found_from_anywhere(
+    machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, "." if name == "CUDA_HOME" else "bin")
+    assert find_toolchain((9, 0)) == Toolchain(
+        nvcc=str(machine / "nvcc"), cxx=str(machine / "g++"), ninja=str(machine / "ninja")
+    )
+
+
 def test_the_usual_folder_needs_no_path(machine: Path, tmp_path: Path) -> None:
     (machine / "nvcc").unlink()
     usual = put_compiler(tmp_path / "cuda/bin/nvcc")

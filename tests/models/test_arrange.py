@@ -127,6 +127,13 @@ def test_dropout_has_no_lean_path(model):
         arrange(unet, lean=True)
 
 
+def test_a_frozen_matrix_has_no_lean_path(model):
+    unet, adapter = adapted(model)
+    next(iter(adapter.layers.values())).lora_a.requires_grad_(False)
+    with pytest.raises(ValueError, match="one is frozen"):
+        arrange(unet, lean=True)
+
+
 def test_what_else_trains_has_no_lean_path(model):
     unet, _ = adapted(model)
     unet.conv_in.requires_grad_(True)

@@ -31,7 +31,7 @@ def built(screen: Screen) -> Callable[[Config], Parts]:
         )
         schedule = schedule_of(facts.noise, plan.choice)
         encoded = encode(config, plan, images, encoder)
-        return build(config, plan, facts, encoded, settle=lambda *asked: schedule)
+        return build(config, plan, facts, encoded, settle=lambda *asked: schedule, say=print)
 
     return build_for
 

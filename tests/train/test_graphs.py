@@ -188,7 +188,8 @@ def test_larger_shapes_that_come_later_do_not_add_up_either(workspace: Workspace
 
 
 def test_of_too_many_shapes_the_last_just_run(workspace: Workspace) -> None:
-    graphs, work = Graphs(workspace, most=2), Work()
+    said: list[str] = []
+    graphs, work = Graphs(workspace, most=2, say=said.append), Work()
     order = [0, 0, 1, 1, 0, 2, 2, 0, 1, 2]  # 2 finds no place, however often it comes
     inputs = [inputs_of(1, SHAPES[place])[0] for place in order]
     calls = []
@@ -197,6 +198,7 @@ def test_of_too_many_shapes_the_last_just_run(workspace: Workspace) -> None:
         calls.append(work.calls)
         assert len(graphs) <= 2
     assert calls == [1, 2, 3, 4, 4, 5, 6, 6, 6, 7]
+    assert len(said) == 1 and said[0].startswith("note: 2 kinds of steps are recorded")
     for mine, theirs in zip(work.results(), eager(inputs), strict=True):
         assert torch.equal(mine, theirs)
 
