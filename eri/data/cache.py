@@ -41,7 +41,7 @@ tiles, which gives slightly other numbers."""
 Encode = Callable[[Tensor], Encoded]
 """Images [1, 3, H, W] in [-1, 1], float32 on the CPU, to their latents."""
 
-PREPROCESSING = 1
+PREPROCESSING = 2
 """Raised when the same bytes come to other pixels: decoding, scaling, cutting."""
 
 Found = TypeVar("Found")

@@ -293,10 +293,11 @@ def _rgb(image: Image.Image, background: str) -> tuple[Image.Image, tuple[int, i
         raise UnsupportedError(f"32-bit pixels (mode {image.mode}); save it with 8 or 16 bits")
     if image.mode == "CMYK":
         return _from_cmyk(image), (255, 255)
+    embedded = image.info.get("icc_profile")
     image = _to_8_bits(image)
     if not image.has_transparency_data:
-        return image.convert("RGB"), (255, 255)
-    layered = image if image.mode == "RGBA" else image.convert("RGBA")
+        return _in_srgb(image.convert("RGB"), embedded), (255, 255)
+    layered = _in_srgb(image if image.mode == "RGBA" else image.convert("RGBA"), embedded)
     least, most = layered.getchannel("A").getextrema()
     if not isinstance(least, int) or not isinstance(most, int):
         raise TypeError("an alpha channel of more than 8 bits")
@@ -325,16 +326,27 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _from_cmyk(image: Image.Image) -> Image.Image:
-    embedded = image.info.get("icc_profile")
-    if embedded is None:
-        return image.convert("RGB")
-    try:
-        inks = ImageCms.ImageCmsProfile(BytesIO(embedded))
-        screen = ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, inks, screen, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):  # a profile that is broken, or not of CMYK
-        return image.convert("RGB")
+    converted = _by_profile(image, image.info.get("icc_profile"), "RGB")
     return converted or image.convert("RGB")
+
+
+def _in_srgb(image: Image.Image, embedded: bytes | None) -> Image.Image:
+    """RGB or RGBA pixels of another color space, as of phones and cameras, in that of the net."""
+    return _by_profile(image, embedded, image.mode) or image
+
+
+def _by_profile(image: Image.Image, embedded: bytes | None, mode: str) -> Image.Image | None:
+    """Pixels in sRGB; None where there is nothing to change or a profile says nothing of them."""
+    if not embedded:
+        return None
+    try:
+        profile = ImageCms.ImageCmsProfile(BytesIO(embedded))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return None
+        screen = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, profile, screen, outputMode=mode)
+    except (ImageCms.PyCMSError, OSError):  # a profile that is broken, or of other colors
+        return None
 
 
 def _begins_as(head: bytes) -> str | None:

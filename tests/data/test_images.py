@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageCms, ImageFile
 
 from eri.data import images
 from eri.data.images import (
@@ -247,6 +247,37 @@ def test_cmyk_goes_through_its_profile(tmp_path: Path) -> None:
 def test_a_broken_profile_of_cmyk_is_left_aside(tmp_path: Path, profile: bytes) -> None:
     Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "a.jpg", icc_profile=profile)
     assert decode(tmp_path / "a.jpg").image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def turned_profile() -> bytes:
+    """An ICC profile of RGB whose red is sRGB's blue, and whose blue its red."""
+    found = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    named = found.replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
+    return named.replace(b"rXYZ", b"____").replace(b"bXYZ", b"rXYZ").replace(b"____", b"bXYZ")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_other_colors_are_those_of_a_screen(tmp_path: Path, kind: str) -> None:
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "a", kind, icc_profile=turned_profile())
+    red, green, blue = np.asarray(decode(tmp_path / "a").image)[4, 4].tolist()
+    assert red < 8 and green < 8 and blue > 247
+
+
+def test_they_are_before_they_are_laid_on_the_background(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
+    image.paste((255, 0, 0, 0), (0, 0, 8, 4))
+    image.save(tmp_path / "a.png", icc_profile=turned_profile())
+    found = decode(tmp_path / "a.png", background="#ff0000").image
+    assert [found.getpixel(at) for at in ((0, 0), (0, 7))] == [(255, 0, 0), (0, 0, 255)]
+
+
+@pytest.mark.parametrize("profile", [b"garbage", grey_profile(), turned_profile()[:200]])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_a_profile_of_nothing_that_is_there_is_left_aside(
+    tmp_path: Path, mode: str, profile: bytes
+) -> None:
+    picture().convert(mode).save(tmp_path / "a.png", icc_profile=profile)
+    assert equal(decode(tmp_path / "a.png").image, picture().convert(mode).convert("RGB"))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
