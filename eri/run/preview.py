@@ -1,5 +1,6 @@
 """Previews: the same prompts from the same noise, drawn again while the adapter learns."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,13 +103,14 @@ class Previews:
             step: that the adapter has reached, or 0.
             stop: asked before each picture; what is not drawn yet then stays undrawn.
         """
+        drawn_by = "none" if step == 0 else _hash_of(self.adapter)
         self.adapter.set_strength(0.0 if step == 0 else 1.0)
         pictures = []
         try:
             for number in range(len(self.prompts)):
                 if stop():
                     break
-                pictures.append(self._picture(step, number))
+                pictures.append(self._picture(step, number, drawn_by))
         finally:
             self.adapter.set_strength(1.0)
         return pictures
@@ -129,9 +131,9 @@ class Previews:
         save_png(contact_sheet(rows, self.prompts), path)
         return path
 
-    def _picture(self, step: int, number: int) -> Image.Image:
+    def _picture(self, step: int, number: int, drawn_by: str) -> Image.Image:
         path = self.folder / f"{step:06}-{number + 1}.png"
-        drawn_with = self._describe(number)
+        drawn_with = f"{self._describe(number)}, Adapter hash: {drawn_by}"
         picture = _read(path, drawn_with)
         if picture is None:
             prompt, negative = self.conditions[number]
@@ -147,6 +149,15 @@ class Previews:
             f"CFG scale: {painter.guidance:g}, Seed: {painter.seed}, Number: {number}, "
             f"Size: {self.size}x{self.size}"
         )
+
+
+def _hash_of(adapter: Adapter) -> str:
+    """Of its weights: a run that went back some steps comes by the same step with others."""
+    digest = hashlib.sha256()
+    for name, tensor in adapter.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def save_png(picture: Image.Image, path: Path, drawn_with: str = "") -> None:
