@@ -6,6 +6,7 @@ missing and freed before the U-Net loads, so that the memory of a run is that of
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -176,9 +177,14 @@ class Encoder:
         with self._progress("encoding images") as progress, tensor_cores():
             latents = cache_latents(images.cuts, encode, encoder=made_by, progress=progress)
         vae.to("cpu")
-        empty = dict.fromkeys(images.cuts[index].item.path for index in latents.masked_out())
-        for line in note("images of which a cut keeps nothing that their mask keeps", list(empty)):
-            say(self.console, f"note: {line}; these samples teach nothing")
+        outside: dict[bool, dict[Path, None]] = {False: {}, True: {}}
+        for item in (images.cuts[index].item for index in latents.masked_out()):
+            weight = images.sources[item.source].unmasked_weight
+            outside[weight > 0][item.path] = None
+        for teaches, paths in outside.items():
+            what = "teach what the mask leaves out" if teaches else "teach nothing"
+            for line in note("images of which a cut keeps nothing of their mask", list(paths)):
+                say(self.console, f"note: {line}; these samples {what}")
         return latents
 
     def _fits(self, vae: VAE, pixels: int) -> bool:

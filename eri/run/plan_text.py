@@ -86,7 +86,10 @@ def training_lines(train: Train, batches: Batches, steps: int, learned: Sequence
         learned: the images that count in `steps: auto`.
     """
     seen = train.batch_size * train.accumulate
-    rate = f"lr {train.lr:g} {train.schedule}"
+    warmup = f", after a warm-up of {train.warmup} steps" if train.warmup else ""
+    if train.warmup >= steps:
+        warmup = f", never reached: the warm-up is {train.warmup} steps long"
+    rate = f"lr {train.lr:g} {train.schedule}{warmup}"
     if train.epochs is not None:
         plural = "" if train.epochs == 1 else "s"
         samples = train.epochs * batches.samples_per_epoch

@@ -385,7 +385,10 @@ class _Run:
     def _tell_finished(self) -> None:
         self.say(f"this run is finished: {self.plan.loop.steps} steps are done; nothing to train")
         self.say(f"adapter  {finished_adapter(self.folder)}")
-        if self.config.train.epochs is None:
-            self.say("hint: a larger train.steps trains on; --restart begins anew beside it")
-        else:
+        train = self.config.train
+        if train.epochs is not None:
             self.say("hint: --restart, with more train.epochs, begins anew beside it")
+        elif train.schedule == "constant":
+            self.say("hint: a larger train.steps trains on; --restart begins anew beside it")
+        else:  # whose rate depends on the last step
+            self.say("hint: --restart, with a larger train.steps, begins anew beside it")

@@ -102,8 +102,11 @@ def test_a_mask_that_the_cut_removes_is_pointed_out(
         mask.save(folder / f"{name}-masklabel.png")
     source = config.data[0].model_copy(update={"mask": "file"})
     samples = encoded(*look(change(config, data=(source,)), screen), screen)
-    assert "keeps nothing that their mask keeps (1): " in screen.text
+    assert "a cut keeps nothing of their mask (1): " in screen.text
     assert "0.png; these samples teach nothing" in screen.text
+    light = change(config, data=(source.model_copy(update={"unmasked_weight": 0.1}),))
+    encoded(*look(light, screen), screen)
+    assert "0.png; these samples teach what the mask leaves out" in screen.text
     masks = [sample.mask for sample in samples]
     assert masks[0] is not None and masks[2] is not None and masks[1] is None
     assert not masks[0].any() and 0.5 < masks[2].mean() < 0.65

@@ -118,6 +118,15 @@ def test_auto_is_told_with_the_batches_that_are_not_full() -> None:
     assert "auto: 32 images x 100 views / 2.909 of them a step = 1100, at least" in lines[1]
 
 
+def test_the_warm_up_is_told() -> None:
+    assert lines_of(8, steps=10, warmup=3, schedule="cosine")[0].endswith(
+        "lr 0.0001 cosine, after a warm-up of 3 steps"
+    )
+    assert lines_of(8, steps=10, warmup=10)[0].endswith(
+        "lr 0.0001 constant, never reached: the warm-up is 10 steps long"
+    )
+
+
 def test_a_number_of_steps_needs_no_explanation() -> None:
     assert lines_of(8, steps=10) == [
         "training 10 steps of up to 4 images, 5.0 epochs of 8 samples, lr 0.0001 constant"
