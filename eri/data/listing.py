@@ -18,6 +18,7 @@ from eri.data.images import format_of
 from eri.data.items import Fault
 from eri.data.tables import TABLE_NAMES
 from eri.errors import DataError
+from eri.files import LOCK_FILE
 from eri.printable import printable
 
 __all__ = ["FOLDER_HINT", "ByName", "Candidate", "Listing", "list_folder", "note"]
@@ -218,11 +219,16 @@ def _walk(top: Path, listing: Listing) -> Iterator[Path]:
 
     links: list[Path] = []
     disguised: list[Path] = []
+    runs: list[Path] = []
     for folder, folders, names in os.walk(top, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         here = [Path(folder, name) for name in folders]
+        of_runs = [path for path in here if (path / LOCK_FILE).exists()]  # their previews are ours
+        folders[:] = [name for name in folders if Path(folder, name) not in of_runs]
+        runs += of_runs
         links += [path for path in here if path.is_symlink()]
         disguised += [path for path in here if path.suffix.lower() in IMAGE_SUFFIXES]
         yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+    listing.notes += note("folders of runs, not searched", runs)
     listing.notes += note("links to folders, not followed", links)
     listing.notes += note("folders named like images, searched as folders", disguised)

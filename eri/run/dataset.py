@@ -1,5 +1,6 @@
 """The images of a run, checked before anything slow happens."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from eri.data import (
     note,
     scan,
 )
+from eri.errors import DataError
+from eri.printable import printable
 from eri.run.base import BaseFacts
 from eri.run.image_set import ImageSet
 from eri.run.lengths import length_notes, windows_needed
@@ -73,13 +76,48 @@ def look_at_images(
     for line in (*dataset.skipped, *dataset.notes):
         say(console, f"note: {line}")
     first = len(config.data)
-    items = [item for item in dataset.items if item.source < first]
     measured = [
         replace(item, source=item.source - first) for item in dataset.items if item.source >= first
     ]
+    items = _not_held_out(
+        [item for item in dataset.items if item.source < first], measured, config.data, console
+    )
     train = _image_set(items, config.data, config.train.batch_size, facts, console)
     validation = _image_set(measured, held_out, 1, facts, console) if held_out else ImageSet()
     return Images(train, validation)
+
+
+def _not_held_out(
+    items: Sequence[Item], measured: Sequence[Item], sources: Sequence[DataSource], console: Console
+) -> list[Item]:
+    """The items to train on: a validation folder may lie in the folder that it is held out of.
+
+    Raises:
+        DataError: nothing of a folder is left.
+    """
+    held_out = {os.path.realpath(item.path) for item in measured}
+    kept, dropped, twice = [], [], []
+    seen: dict[str, int] = {}
+    for item in items:
+        place = os.path.realpath(item.path)
+        if place in held_out:
+            dropped.append(item.path)
+            continue
+        if seen.setdefault(place, item.source) != item.source:
+            twice.append(item.path)
+        kept.append(item)
+    for index in {item.source for item in items} - {item.source for item in kept}:
+        raise DataError(
+            "every image of this folder is in a validation folder, which is not trained on",
+            where=printable(sources[index].path),
+            hint="name another folder for validation, or none",
+        )
+    for line in (
+        *note("held out for validation, so not trained on", dropped),
+        *note("in two folders of data, so trained on as often as both say", twice),
+    ):
+        say(console, f"note: {line}")
+    return kept
 
 
 def _image_set(
@@ -106,8 +144,9 @@ def _image_set(
         tuple(items), assignment.shapes, tuple(sources), max(resolutions), assignment.joined
     )
     images = replace(images, windows=windows_needed(images, facts.words))
+    still = note("crop_jitter moves nothing in images as small as their shape", images.unmoved)
     lengths = length_notes(images, facts.words)
-    for line in (*triggers, *assignment.notes, *lengths):
+    for line in (*triggers, *assignment.notes, *still, *lengths):
         say(console, f"note: {line}")
     return images
 

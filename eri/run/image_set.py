@@ -7,9 +7,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from eri.config import DataSource
-from eri.data import Cut, Item, Shape, View, views
+from eri.data import Cut, Item, Shape, View, geometry, views
 
 __all__ = ["ImageSet"]
 
@@ -53,6 +54,16 @@ class ImageSet:
             for item, shape, versions in zip(self.items, self.shapes, self.views, strict=True)
             for view in versions
         )
+
+    @property
+    def unmoved(self) -> list[Path]:
+        """The images of which `crop_jitter` makes the same cut every time."""
+        return [
+            item.path
+            for index, (item, shape) in enumerate(zip(self.items, self.shapes, strict=True))
+            if self.source(index).crop_jitter > 0
+            and len({geometry(item.width, item.height, shape, v) for v in self.views[index]}) == 1
+        ]
 
     @cached_property
     def repeats(self) -> tuple[int, ...]:

@@ -43,6 +43,17 @@ def test_hidden_files_are_left_out(tmp_path: Path) -> None:
     assert listing.notes == []
 
 
+def test_runs_are_not_searched(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "runs/b.png")
+    for run in ("runs/a", "lora"):
+        touch(tmp_path, f"{run}/run.lock", f"{run}/samples/000000-1.png")
+    listing = list_folder(tmp_path)
+    assert [candidate.path.name for candidate in listing.candidates] == ["a.png", "b.png"]
+    told = f"folders of runs, not searched (2): {tmp_path / 'lora'}, {tmp_path / 'runs/a'}"
+    assert listing.notes == [told]
+    assert len(list_folder(tmp_path / "lora").candidates) == 1  # asked for by name
+
+
 def test_what_is_not_used_is_named(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "b.txt", "read.me", "info.json", "d.heic", "e.CR2")
     listing = list_folder(tmp_path)

@@ -1,6 +1,9 @@
 from collections.abc import Callable
+from pathlib import Path
+from shutil import copytree
 
 import pytest
+from PIL import Image
 
 from eri.config import Config
 from eri.data import PLAIN
@@ -128,13 +131,14 @@ def test_a_validation_folder_of_which_nothing_is_left_is_named(
 
 
 def test_validation_images_belong_to_their_own_folders(
-    config: Config, change: Callable[..., Config], screen: Screen
+    config: Config, change: Callable[..., Config], screen: Screen, tmp_path: Path
 ) -> None:
     (first,) = config.data
     held_out = first.validation
     assert held_out is not None
     plain = first.model_copy(update={"validation": None})
-    turned = first.model_copy(update={"path": held_out, "validation": first.path})
+    others = [copytree(folder, tmp_path / folder.name[::-1]) for folder in (held_out, first.path)]
+    turned = first.model_copy(update=dict(zip(("path", "validation"), others, strict=True)))
     data = (plain, first, turned)
     facts = look_at(config.model.path)
     images = look_at_images(change(config, data=data), facts, screen.console, go_on)
@@ -144,12 +148,56 @@ def test_validation_images_belong_to_their_own_folders(
         assert item.path.parent == images.validation.source(index).path
 
 
+def test_what_is_held_out_is_not_trained_on_wherever_it_lies(
+    config: Config, change: Callable[..., Config], screen: Screen
+) -> None:
+    (source,) = config.data
+    assert source.validation is not None
+    inside = source.path / "val"
+    source.validation.rename(inside)
+    facts = look_at(config.model.path)
+    changed = change(config, data=(source.model_copy(update={"validation": inside}),))
+    images = look_at_images(changed, facts, screen.console, go_on)
+    assert (len(images.train), len(images.validation)) == (5, 2)
+    assert "note: held out for validation, so not trained on (2): " in screen.text
+    whole = change(config, data=(source.model_copy(update={"validation": source.path}),))
+    error = look_and_fail(whole, screen)
+    assert error.what.startswith("every image of this folder is in a validation folder")
+    assert error.where == str(source.path)
+
+
+def test_a_file_of_two_folders_is_pointed_out(
+    config: Config, change: Callable[..., Config], screen: Screen
+) -> None:
+    source = config.data[0].model_copy(update={"validation": None})
+    (source.path / "more").mkdir()
+    for name in ("0.png", "0.txt"):
+        (source.path / name).rename(source.path / "more" / name)
+    data = (source, source.model_copy(update={"path": source.path / "more"}))
+    facts = look_at(config.model.path)
+    images = look_at_images(change(config, data=data), facts, screen.console, go_on)
+    assert len(images.train) == 6
+    assert "in two folders of data, so trained on as often as both say (1): " in screen.text
+
+
+def test_jitter_that_moves_nothing_is_pointed_out(
+    config: Config, change: Callable[..., Config], screen: Screen
+) -> None:
+    source = config.data[0].model_copy(update={"crop_jitter": 0.2, "resolution": 64})
+    Image.new("RGB", (64, 64)).save(source.path / "0.png")
+    facts = look_at(config.model.path)
+    images = look_at_images(change(config, data=(source,)), facts, screen.console, go_on)
+    assert images.train.unmoved == [source.path / "0.png"]
+    assert "crop_jitter moves nothing in images as small as their shape (1): " in screen.text
+
+
 def test_regularization_images_are_not_shown_as_what_is_learned(
     config: Config, change: Callable[..., Config], screen: Screen
 ) -> None:
-    (held_out,) = (source.validation for source in config.data)
-    other = config.data[0].model_copy(update={"path": held_out, "regularization": True})
-    changed = change(config, data=(*config.data, other))
+    (source,) = config.data
+    learned = source.model_copy(update={"validation": None})
+    other = learned.model_copy(update={"path": source.validation, "regularization": True})
+    changed = change(config, data=(learned, other))
     images = look_at_images(changed, look_at(config.model.path), screen.console, go_on)
     assert len(images.train) == 7
     assert [images.train.source(index).regularization for index in (0, 6)] == [False, True]
