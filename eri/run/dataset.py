@@ -106,10 +106,11 @@ def _not_held_out(
         if seen.setdefault(place, item.source) != item.source:
             twice.append(item.path)
         kept.append(item)
-    for index in {item.source for item in items} - {item.source for item in kept}:
+    emptied = {item.source for item in items} - {item.source for item in kept}
+    if emptied:
         raise DataError(
             "every image of this folder is in a validation folder, which is not trained on",
-            where=printable(sources[index].path),
+            where=printable(sources[min(emptied)].path),
             hint="name another folder for validation, or none",
         )
     for line in (
