@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from eri.config import DataSource
-from eri.data import Cut, Item, Shape, View, geometry, views
+from eri.data import PLAIN, Cut, Geometry, Item, Shape, View, geometry, views
 
 __all__ = ["ImageSet"]
 
@@ -57,12 +57,17 @@ class ImageSet:
 
     @property
     def unmoved(self) -> list[Path]:
-        """The images of which `crop_jitter` makes the same cut every time."""
+        """The images of which `crop_jitter` makes no other cut than there would be without it."""
+
+        def cut(index: int, view: View = PLAIN) -> Geometry:
+            item = self.items[index]
+            return geometry(item.width, item.height, self.shapes[index], view)
+
         return [
-            item.path
-            for index, (item, shape) in enumerate(zip(self.items, self.shapes, strict=True))
+            self.items[index].path
+            for index in range(len(self))
             if self.source(index).crop_jitter > 0
-            and len({geometry(item.width, item.height, shape, v) for v in self.views[index]}) == 1
+            and all(cut(index, view) == cut(index) for view in self.views[index])
         ]
 
     @cached_property
