@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Nothing heavy is imported before a command needs it."""
 
+import math
 import os
 import sys
 import traceback
@@ -34,6 +35,12 @@ WRITES_FILES = ("train", "init", "export-lora", "sample")
 
 UsageError = cast(type[Exception], typer.BadParameter.__base__)
 """What every refused command line raises; typer exports only this subclass of it."""
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
 
 
 def _version(wanted: bool) -> None:
@@ -158,13 +165,18 @@ def sample(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")],
     adapter: Annotated[Path | None, typer.Option(help="An adapter for the base model.")] = None,
-    strength: Annotated[float, typer.Option(help="Of the adapter; 1 is as trained.")] = 1.0,
+    strength: Annotated[
+        float, typer.Option(callback=_finite, help="Of the adapter; 1 is as trained.")
+    ] = 1.0,
     negative: Annotated[str, typer.Option(help="What to avoid.")] = "",
     sampler: Annotated[
         Literal["dpmpp_2m_karras", "euler"], typer.Option(help="Method that draws.")
     ] = "dpmpp_2m_karras",
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 5.0,
+    guidance: Annotated[
+        float,
+        typer.Option(min=0, max=100, help="Classifier-free guidance scale."),
+    ] = 5.0,
     seed: Annotated[int, typer.Option(help="Of the first noise.")] = 0,
     size: Annotated[
         int | None, typer.Option(min=64, help="Side in pixels; the model's own.")

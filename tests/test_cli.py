@@ -112,6 +112,9 @@ def test_version() -> None:
         (["export-lora", "a", "-o", "b", "--format", "zip"], "'zip' is not one of"),
         (["sample", "demo", "-p", "x", "-o", "y", "--steps", "0"], "--steps"),
         (["sample", "", "-p", "x", "-o", "y"], "no path of a model"),
+        (["sample", "demo", "-p", "x", "-o", "y", "--strength", "nan"], "nan is not a finite"),
+        (["sample", "demo", "-p", "x", "-o", "y", "--guidance", "nan"], "--guidance"),
+        (["sample", "demo", "-p", "x", "-o", "y", "--guidance", "-3"], "--guidance"),
     ],
 )
 def test_a_refused_command_line_is_one_error_and_one_hint(

@@ -50,9 +50,11 @@ def _model_source(value: object) -> object:
 def _data_sources(value: object) -> object:
     if isinstance(value, str):
         return ({"path": value},)
+    if isinstance(value, dict):
+        return (value,)
     if isinstance(value, list | tuple) and value:
         return tuple(value)
-    raise ValueError("a folder, or a list of mappings with the key path")
+    raise ValueError("a folder, or a mapping with the key path, or a list of these")
 
 
 def _named_folder(value: Path) -> Path:

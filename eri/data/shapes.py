@@ -132,7 +132,7 @@ def assign(
         shapes=tuple(chosen),
         joined=sum(a != b for a, b in zip(own, chosen, strict=True)),
         notes=(
-            *note("images smaller than the resolution, kept at their size", small),
+            *note("images smaller than the resolution, not enlarged", small),
             *note("images enlarged", enlarged),
         ),
     )

@@ -1,5 +1,6 @@
 """Where files go: the cache, room on a disk, names that stay in their folder."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -82,8 +83,14 @@ def contained(root: Path, name: str, *, links_into: Sequence[Path] = ()) -> Path
 
 
 def run_name(text: str) -> str:
-    """A name made from `text` that every file system takes: `[A-Za-z0-9._-]`, at most 100 bytes."""
+    """A name made from `text` that every file system takes: `[A-Za-z0-9._-]`, at most 107 bytes.
+
+    Texts that differ in other letters have names that differ, too.
+    """
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:100].strip("-.")
+    if not text.isascii():
+        own = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:6]
+        return f"{name or 'run'}-{own}"
     reserved = re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name)
     return f"run-{name}" if reserved else name or "run"
 

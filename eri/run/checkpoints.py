@@ -37,6 +37,7 @@ BYTES_OF_A_STATE = 12  # of a trained number: itself and AdamW's two moments, in
 BYTES_OF_AN_ADAPTER = 2  # of a trained number, in float16
 BYTES_BESIDE = 300_000  # headers, numbers and the manifest of a checkpoint and an adapter, at most
 NAME = re.compile(r"checkpoint-\d{6,}")
+STEPS = "train.steps"  # told where the rate hangs on it: where train.schedule is not constant
 HASHED = {"images": "the images or their captions", "model": "the weights of the base model"}
 
 
@@ -236,14 +237,16 @@ def refuse_changes(
     changed = [
         key
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in allowed
+        if before.get(key) != now.get(key)
+        and key not in allowed
+        and not (key == STEPS and None in (before.get(key), now.get(key)))
     ]
     if changed:
         allow = " ".join(f"--allow-change {key}" for key in changed)
         raise ConfigError(
             f"what made this run has changed since {checkpoint.path.name}",
             where=printable(checkpoint.path.parent),
-            hint=f"put it back, or --restart for a new run, or {allow}",
+            hint=f"put it back, or --restart or another output for a new run, or {allow}",
             problems=[_difference(key, before.get(key), now.get(key)) for key in changed],
         )
     return [

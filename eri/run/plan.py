@@ -69,6 +69,7 @@ def plan_run(
     *,
     dry_run: bool = False,
     made_with: Mapping[str, object] | None = None,
+    done: int = 0,
 ) -> RunPlan:
     """Work out the steps, the device, the types and the previews of a run, and what it takes.
 
@@ -81,6 +82,7 @@ def plan_run(
             a host seldom has too little.
         made_with: of the checkpoint that the run goes on from, whose memory plan a deterministic
             run keeps to; None: it begins.
+        done: steps of that checkpoint.
 
     Raises:
         ConfigError: settings that this machine or this model cannot follow.
@@ -92,8 +94,7 @@ def plan_run(
     size = _preview_size(config, facts)
     train = config.train
     batches = _order(config, images)
-    learned = images.train.learned
-    steps = run_steps(train, batches, learned)
+    steps = run_steps(train, batches, images.train.learned)
     samples = run_samples(train, batches, steps)
     numbers = micro_batches(batches, train.accumulate, range(steps))
     drawn = texts_drawn(images.train, batches, numbers, train.seed)
@@ -118,7 +119,7 @@ def plan_run(
         pace=pace,
         lines=(),
     )
-    told = _lines(plan, config, facts, images, kernels=kernels, samples=samples, dry_run=dry_run)
+    told = _lines(plan, config, facts, images, kernels=kernels, done=done, dry_run=dry_run)
     return replace(plan, lines=told)
 
 
@@ -129,17 +130,20 @@ def _lines(
     images: Images,
     *,
     kernels: str,
-    samples: int,
+    done: int,
     dry_run: bool,
 ) -> tuple[str, ...]:
     """What people are told of a plan."""
     train, device, dtype, choice = config.train, plan.device, plan.dtype, plan.choice
+    left = max(plan.loop.steps - done, 0)
+    samples = run_samples(train, plan.batches, plan.loop.steps) * left // plan.loop.steps
     counts = _counts(plan.batches)
     slower = leaves_fast_path(config, device, dtype, plan.memory.recompute)
     return (
         *model_lines(config, facts),
         *image_lines(images, plan.batches),
         *training_lines(train, plan.batches, plan.loop.steps, images.train.learned),
+        *([f"done     {done} steps of these; {left} are left"] if done else []),
         choice.line if choice.settled else f"{choice.line}; measured before step 1",
         f"device   {device.type}, {str(dtype).removeprefix('torch.')}",
         kernels,

@@ -50,8 +50,14 @@ def draw(drawing: Drawing, output: Path, *, overwrite: bool = False) -> str:
 
     Raises:
         OccupiedError: the output exists.
-        ConfigError: a size that the model cannot draw.
+        ConfigError: a size that the model cannot draw, or an output that is no PNG.
     """
+    if output.suffix.lower() not in {"", ".png"}:
+        raise ConfigError(
+            f"pictures are written as PNG, not as {printable(output.suffix)}",
+            where=printable(output),
+            hint="give it a name that ends in .png",
+        )
     refuse_existing(output, overwrite)
     model, adapter = _model_and_adapter(drawing)
     facts = look_at(model)

@@ -90,8 +90,11 @@ def train_held(
             images = look_at_images(config, facts, console, stop.raise_if_stopped)
         checkpoint = checkpoints.newest(config.output, lambda line: say(console, line))
         before = None if checkpoint is None else checkpoint.made_with
+        done = 0 if checkpoint is None else checkpoint.step
         with clock("planning"):
-            plan = plan_run(config, facts, choice, images, dry_run=dry_run, made_with=before)
+            plan = plan_run(
+                config, facts, choice, images, dry_run=dry_run, made_with=before, done=done
+            )
         run = _Run(config, console, facts, images, plan, clock=clock)
         run.look_back(checkpoint, allow_change)
         if not dry_run and not run.go(checkpoint, stop):
@@ -169,8 +172,8 @@ class _Run:
         Returns:
             Whether the run is finished.
         """
-        if is_finished(self.folder, checkpoint, self.plan.loop.steps):
-            self._tell_finished()
+        if checkpoint is not None and is_finished(self.folder, checkpoint, self.plan.loop.steps):
+            self._tell_finished(checkpoint.step)
             return True
         checkpoints.set_aside(self.folder, checkpoint)
         self.plan.space.require()
@@ -382,13 +385,15 @@ class _Run:
             for source, texts in zip(self.config.data, captions, strict=True)
         ]
 
-    def _tell_finished(self) -> None:
-        self.say(f"this run is finished: {self.plan.loop.steps} steps are done; nothing to train")
+    def _tell_finished(self, done: int) -> None:
+        wanted = self.plan.loop.steps
+        asked = "" if done == wanted else f" and train.steps asks for {wanted}"
+        self.say(f"this run is finished: {done} steps are done{asked}; nothing to train")
         self.say(f"adapter  {finished_adapter(self.folder)}")
         train = self.config.train
         if train.epochs is not None:
             self.say("hint: --restart, with more train.epochs, begins anew beside it")
         elif train.schedule == "constant":
-            self.say("hint: a larger train.steps trains on; --restart begins anew beside it")
+            self.say(f"hint: train.steps above {done} trains on; --restart begins anew beside it")
         else:  # whose rate depends on the last step
-            self.say("hint: --restart, with a larger train.steps, begins anew beside it")
+            self.say(f"hint: --restart, with train.steps above {done}, begins anew beside it")

@@ -135,10 +135,10 @@ def test_a_bad_setting_is_named_with_its_line(text: str, place: str, words: str,
 
 BAD_SOURCES = [
     ("", "data is ''; allowed: a path"),
-    ("3", "data is 3; allowed: a folder, or a list of mappings"),
+    ("3", "data is 3; allowed: a folder, or a mapping"),
     ("null", "data is null; allowed: a folder"),
-    ("{path: x}", "data is a mapping; allowed: a folder, or a list"),
-    ("[]", "data is an empty list; allowed: a folder, or a list"),
+    ("{pth: y, path: x}", "unknown key data.0.pth; did you mean data.path?"),
+    ("[]", "data is an empty list; allowed: a folder, or a mapping with the key path, or a list"),
     ("[photos]", "data.0 is 'photos'; allowed: a mapping of keys"),
     ("[{}]", "data.0.path is missing"),
     ("[{path: x}, {pth: y, path: z}]", "unknown key data.1.pth; did you mean data.path?"),
@@ -156,6 +156,13 @@ def test_a_bad_source_is_named(data: str, words: str) -> None:
     error = refused(f"model: demo\ndata: {data or repr('')}\n")
     assert words in error.what
     assert "a.yaml:2:" in (error.where or "")
+
+
+@pytest.mark.usefixtures("folder")
+def test_one_folder_needs_no_list() -> None:
+    Path("a.yaml").write_text("model: demo\ndata: {path: photos, flip: true}\n")
+    (source,) = load_config(Path("a.yaml")).data
+    assert (source.path.name, source.flip) == ("photos", True)
 
 
 @pytest.mark.usefixtures("folder")

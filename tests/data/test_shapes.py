@@ -98,7 +98,7 @@ def test_small_images_are_pointed_out() -> None:
     found = placed(items)
     assert found.shapes == ((512, 512), (256, 256), (64, 64), (128, 256))
     assert found.notes == (
-        "images smaller than the resolution, kept at their size (1): 300x300.png",
+        "images smaller than the resolution, not enlarged (1): 300x300.png",
         "images enlarged (1): 20x20.png",
     )
 

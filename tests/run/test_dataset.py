@@ -26,7 +26,7 @@ def test_images_are_cut_to_shapes_that_the_net_can_halve(images: Images, screen:
     assert len(images.train) == 5
     assert len(images.validation) == 2
     assert [tuple(shape) for shape in images.train.shapes] == [(64, 64), (128, 64), *[(64, 64)] * 3]
-    assert "note: images smaller than the resolution, kept at their size (4)" in screen.text
+    assert "note: images smaller than the resolution, not enlarged (4)" in screen.text
     assert [one.size for one in images.examples(100)] == [(96, 96), (50, 100), *[(96, 96)] * 2]
 
 

@@ -110,6 +110,11 @@ def test_a_size_that_the_model_cannot_draw_is_refused(drawing: Drawing, tmp_path
         draw(replace(drawing, size=96), tmp_path / "disc.png")
 
 
+def test_a_picture_of_another_kind_than_png_is_refused(drawing: Drawing, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"written as PNG, not as \.jpg"):
+        draw(drawing, tmp_path / "disc.jpg")
+
+
 def test_an_existing_picture_is_kept(drawing: Drawing, tmp_path: Path) -> None:
     path = tmp_path / "disc.png"
     path.write_text("precious")

@@ -107,9 +107,14 @@ def test_the_same_command_on_a_finished_run_trains_nothing(bare: Config, screen:
     before = digest(bare.output)
     times = {p: p.stat().st_mtime_ns for p in bare.output.rglob("*") if p.name != "run.lock"}
     train(bare, screen.console)
-    assert "this run is finished: 4 steps are done" in screen.text
+    assert "this run is finished: 4 steps are done; nothing to train" in screen.text
+    assert "done     4 steps of these; 0 are left" in screen.text
     assert digest(bare.output) == before
     assert {p: p.stat().st_mtime_ns for p in times} == times
+    fewer = bare.model_copy(update={"train": bare.train.model_copy(update={"steps": 2})})
+    train(fewer, screen.console)
+    assert "4 steps are done and train.steps asks for 2; nothing to train" in screen.text
+    assert "hint: train.steps above 4 trains on" in screen.text
 
 
 @pytest.mark.parametrize("cut", [1, 3])
@@ -215,6 +220,10 @@ def test_a_changed_setting_is_refused_unless_it_is_allowed(
     assert refused.value.problems == ("train.lr: 0.001 before, 0.002 now",)
     with pytest.raises(ConfigError, match="no such setting"):
         train(changed, screen.console, allow_change=frozenset({"train.rate"}))
+    falling = change(bare, train={"schedule": "cosine", "steps": 6})
+    with pytest.raises(ConfigError) as refused:
+        train(falling, screen.console)
+    assert refused.value.problems == ("train.schedule: 'constant' before, 'cosine' now",)
     train(changed, screen.console, allow_change=frozenset({"train.lr"}))
     assert steps_in_log(bare.output)[-1] == 6
 
