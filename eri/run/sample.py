@@ -29,7 +29,7 @@ class Drawing:
     """What to draw, and with what."""
 
     model: ModelSource  # a base model, or a run, whose model and adapter are used
-    adapter: Path | None  # a file; None: the run's own, or none
+    adapter: Path | None  # a file, a run or a checkpoint; None: the model's own if it is a run
     strength: float  # of the adapter
     prompts: tuple[str, ...]
     negative: str
@@ -97,10 +97,10 @@ def draw(drawing: Drawing, output: Path, *, overwrite: bool = False) -> str:
 
 def _model_and_adapter(drawing: Drawing) -> tuple[ModelSource, Path | None]:
     run = Path(drawing.model.path)
+    adapter = None if drawing.adapter is None else find_adapter(drawing.adapter)
     if not (run / CONFIG).is_file():
-        return drawing.model, drawing.adapter
-    config = load_config(run / CONFIG)
-    return config.model, drawing.adapter or find_adapter(run)
+        return drawing.model, adapter
+    return load_config(run / CONFIG).model, adapter or find_adapter(run)
 
 
 def _taken_for(choice: Choice) -> str:

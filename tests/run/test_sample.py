@@ -96,6 +96,7 @@ def test_a_run_brings_its_model_and_its_adapter(
     assert of_run == drawn(by_file, tmp_path / "file.png")
     assert of_run != plain
     assert drawn(replace(by_file, strength=0.0), tmp_path / "zero.png") == plain
+    assert of_run == drawn(replace(drawing, adapter=finished), tmp_path / "of_run.png")
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"guidance": 7.0}, {"steps": 3}])
