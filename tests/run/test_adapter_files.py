@@ -21,6 +21,8 @@ from eri.run import adapter_files
 from eri.run.adapter_files import find_adapter, layers_in, shapes_of, write_verified
 
 Layers = dict[str, tuple[int, ...]]
+PROJ = r"attention\.proj_(in|out)$"
+FF_AND_PROJ = rf"\.ff\.|{PROJ}"  # whose widths are the same in SD1 and SD2
 
 
 def pairs_for(layers: Layers) -> dict[str, LoRAPair]:
@@ -97,8 +99,23 @@ def test_an_adapter_of_every_family_is_read_without_its_model(
         (SDXL, r"up\.0\.layers\.[01]\.attention"),  # a style and a content, as B-LoRA has them
         (SD21, r"mid\.layers\.0\.attention"),  # these two have names that SD1.5 has too
         (SDXL, r"(down|up)\.1\.layers\.0\.attention\.(proj|blocks\.0)"),
+        (SD15, PROJ),
+        (SD21, PROJ),
+        (SD15, FF_AND_PROJ),
+        (SD21, FF_AND_PROJ),
     ],
-    ids=["sd15", "sd21", "sdxl", "some blocks", "names of sd15", "more names of sd15"],
+    ids=[
+        "sd15",
+        "sd21",
+        "sdxl",
+        "some blocks",
+        "names of sd15",
+        "more names of sd15",
+        "sd15 proj",
+        "sd21 proj",
+        "sd15 ff+proj",
+        "sd21 ff+proj",
+    ],
 )
 @pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
 def test_the_net_is_the_one_whose_names_and_shapes_it_has(

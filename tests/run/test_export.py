@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,12 +8,13 @@ import torch
 from eri.adapters import attach, load_adapter
 from eri.errors import DiskError, ModelError, NonFiniteError, OccupiedError
 from eri.files import sha256
-from eri.formats.adapter_file import Dialect, LoRAPair, write_adapter
+from eri.formats.adapter_file import Dialect, LoRAPair, read_adapter, write_adapter
 from eri.formats.header import read_header
-from eri.formats.unet_config import unet_config
+from eri.formats.unet_config import UNetConfigFields, unet_config
 from eri.models import load_unet
-from eri.models.spec import build_spec
-from eri.run.adapter_files import shapes_of
+from eri.models.spec import SD15_FIELDS, SD21_FIELDS, build_spec
+from eri.models.unet import UNet
+from eri.run.adapter_files import layers_in, shapes_of
 from eri.run.export import export
 
 
@@ -56,6 +58,31 @@ def test_once_around_all_dialects_changes_nothing(
     assert paths[0].read_bytes() == paths[3].read_bytes()
     own = "lora_unet_input_blocks_4_1" if family == "sdxl" else "lora_unet_down_blocks_1_attenti"
     assert any(name.startswith(own) for name in read_header(paths[3]).tensors)
+
+
+@pytest.mark.parametrize("targets", ["proj", "ff+proj"])
+@pytest.mark.parametrize("fields", [SD15_FIELDS, SD21_FIELDS], ids=["sd15", "sd21"])
+@pytest.mark.parametrize("small", [False, True], ids=["whole", "narrow"])
+def test_without_attention_a_projection_keeps_its_kernel_or_has_none(
+    tmp_path: Path, targets: str, fields: UNetConfigFields, small: bool
+) -> None:
+    """diffusers refuses a matrix of SD2 that was given the 1×1 kernel of SD1."""
+    if small:
+        fields = replace(fields, block_channels=(320, 320, 640, 640))
+    with torch.device("meta"):
+        adapter = attach(UNet(build_spec(fields)), rank=1, targets=targets)
+    shapes = {name: (pair.down.shape, pair.up.shape) for name, pair in adapter.pairs().items()}
+    pairs = {
+        name: LoRAPair(down=torch.ones(down), up=torch.ones(up), alpha=1.0)
+        for name, (down, up) in shapes.items()
+    }
+    paths = [tmp_path / f"{number}" for number in range(4)]
+    write_adapter(pairs, paths[0], dialect="peft", metadata={})
+    dialects: tuple[Dialect, ...] = ("kohya", "diffusers", "kohya")
+    for number, dialect in enumerate(dialects):
+        export(paths[number], paths[number + 1], dialect=dialect, precision="fp16", overwrite=False)
+        found = read_adapter(paths[number + 1], layers_in(paths[number + 1])).pairs
+        assert {name: (p.down.shape, p.up.shape) for name, p in found.items()} == shapes
 
 
 def test_a_hash_of_other_numbers_stays_behind(finished: Path, tmp_path: Path) -> None:
