@@ -1,21 +1,25 @@
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from eri.adapters import attach, load_adapter
 from eri.errors import DiskError, ModelError, NonFiniteError, OccupiedError
 from eri.files import sha256
 from eri.formats.adapter_file import Dialect, LoRAPair, read_adapter, write_adapter
 from eri.formats.header import read_header
+from eri.formats.tensors import save_tensors
 from eri.formats.unet_config import UNetConfigFields, unet_config
+from eri.formats.unet_names import to_diffusers
 from eri.models import load_unet
 from eri.models.spec import SD15_FIELDS, SD21_FIELDS, build_spec
 from eri.models.unet import UNet
 from eri.run.adapter_files import layers_in, shapes_of
-from eri.run.export import export
+from eri.run.export import DTYPES, export
 
 
 @pytest.mark.parametrize("dialect", ["kohya", "diffusers", "peft"])
@@ -58,6 +62,62 @@ def test_once_around_all_dialects_changes_nothing(
     assert paths[0].read_bytes() == paths[3].read_bytes()
     own = "lora_unet_input_blocks_4_1" if family == "sdxl" else "lora_unet_down_blocks_1_attenti"
     assert any(name.startswith(own) for name in read_header(paths[3]).tensors)
+
+
+@pytest.fixture(scope="module")
+def mixed(sd15: Path) -> dict[str, LoRAPair]:
+    """Ranks and alphas that differ, as LoCon with an alpha for convolutions and resizing make."""
+    torch.manual_seed(0)
+    settings = [(4, 4.0), (8, 2.0), (2, 1.0), (4, 0.3), (3, 6.0), (4, 4.001)]
+    layers = shapes_of(build_spec(unet_config(sd15 / "unet")))
+    return {
+        name: LoRAPair(
+            down=torch.randn(rank, *shape[1:]).half(),
+            up=torch.randn(shape[0], rank, *(1 for _ in shape[2:])).half(),
+            alpha=alpha,
+        )
+        for (name, shape), (rank, alpha) in zip(layers.items(), cycle(settings), strict=False)
+    }
+
+
+def update(pair: LoRAPair) -> Tensor:
+    down, up = pair.down.double().flatten(1), pair.up.double().flatten(1)
+    return up @ down * (pair.alpha / pair.rank)
+
+
+def save_with_alphas(pairs: dict[str, LoRAPair], path: Path) -> None:
+    """As kohya's scripts and LyCORIS write it: an alpha beside each pair."""
+    tensors = {}
+    for module, pair in pairs.items():
+        name = "lora_unet_" + to_diffusers(module).replace(".", "_")
+        tensors[f"{name}.lora_down.weight"] = pair.down
+        tensors[f"{name}.lora_up.weight"] = pair.up
+        tensors[f"{name}.alpha"] = torch.tensor(pair.alpha)
+    save_tensors(tensors, path)
+
+
+@pytest.mark.parametrize("source", ["kohya", "diffusers", "peft"])
+@pytest.mark.parametrize("target", ["kohya", "diffusers", "peft"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_ranks_and_alphas_that_differ_are_exported(
+    mixed: dict[str, LoRAPair],
+    tmp_path: Path,
+    source: Dialect,
+    target: Dialect,
+    precision: str,
+) -> None:
+    given, output = tmp_path / "given", tmp_path / "output"
+    if source == "kohya":
+        save_with_alphas(mixed, given)
+    else:
+        write_adapter(mixed, given, dialect=source, metadata={})
+    export(given, output, dialect=target, precision=precision, overwrite=False)
+    found = read_adapter(output, layers_in(output)).pairs
+    assert found.keys() == mixed.keys()
+    rounding = 2 * torch.finfo(DTYPES[precision]).eps
+    for name, pair in mixed.items():
+        expected = update(pair)
+        assert (update(found[name]) - expected).norm() <= rounding * expected.norm(), name
 
 
 @pytest.mark.parametrize("targets", ["proj", "ff+proj"])
