@@ -173,7 +173,8 @@ def write_adapter(
         path: of a file, replaced when it exists; for PEFT of a folder that does not exist yet.
         dialect: whose names are written.
         dtype: of the matrices.
-        metadata: text for the header, which also gets the SHA-256 of the data.
+        metadata: text for the header, which also gets the SHA-256 of the data; kohya's gets none
+            where there is no other, for A1111 takes what has any but a family for SD1.
         modules: our names of every linear layer and convolution of the net, for kohya's own names
             of SDXL; None where they are not known: then the file has diffusers' names, with
             underscores, which every reader takes as well.
@@ -191,7 +192,8 @@ def write_adapter(
         tensors = cast(kohya.weights(pairs, names), dtype)
         tensors |= cast(kohya.alphas(pairs, names), torch.float32)
         digest = data_sha256(tensors)
-        save_tensors(tensors, path, {**metadata, KOHYA_SHA256: digest, SHA256: f"0x{digest}"})
+        hashes = {KOHYA_SHA256: digest, SHA256: f"0x{digest}"} if metadata else {}
+        save_tensors(tensors, path, {**metadata, **hashes})
     elif dialect == "diffusers":
         tensors = cast(peft.weights(pairs, peft.DIFFUSERS_PREFIX), dtype)
         fields = {peft.DIFFUSERS_PREFIX + key: v for key, v in peft.config(pairs).items()}

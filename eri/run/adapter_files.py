@@ -20,6 +20,7 @@ from eri.formats.adapter_file import (
     underflow,
     write_adapter,
 )
+from eri.formats.parts import Family
 from eri.models.spec import SD15, SD21, SDXL
 from eri.models.unet import UNet, UNetSpec
 from eri.printable import printable
@@ -27,6 +28,7 @@ from eri.run import checkpoints
 
 __all__ = [
     "CONFIG",
+    "family_of",
     "find_adapter",
     "finished_adapter",
     "holds",
@@ -67,6 +69,17 @@ def _known_nets() -> Iterator[Shapes]:
     sdxl = _layers_of(SDXL)
     yield {name: shape for name, shape in sdxl.items() if not SECOND_LAYER.fullmatch(name)}
     yield sdxl
+
+
+def family_of(adapted: Shapes) -> Family | None:
+    """The family of the nets that have these layers; None where those of several or none do.
+
+    Args:
+        adapted: the layers that an adapter changes, out of `layers_in`.
+    """
+    specs = (SD15, SD21, SDXL)
+    found: list[Family] = [s.family for s in specs if adapted.items() <= _layers_of(s).items()]
+    return found[0] if len(found) == 1 else None
 
 
 @cache

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -16,8 +17,8 @@ from eri.formats.tensors import save_tensors
 from eri.formats.unet_config import UNetConfigFields, unet_config
 from eri.formats.unet_names import to_diffusers
 from eri.models import load_unet
-from eri.models.spec import SD15_FIELDS, SD21_FIELDS, build_spec
-from eri.models.unet import UNet
+from eri.models.spec import SD15, SD15_FIELDS, SD21, SD21_FIELDS, SDXL, build_spec
+from eri.models.unet import UNet, UNetSpec
 from eri.run.adapter_files import layers_in, shapes_of
 from eri.run.export import DTYPES, export
 
@@ -155,6 +156,71 @@ def test_a_hash_of_other_numbers_stays_behind(finished: Path, tmp_path: Path) ->
     assert metadata["modelspec.hash_sha256"] != before
     assert "sshs_model_hash" not in metadata
     assert metadata["modelspec.title"] == "disc"
+
+
+def seen_by_a1111(metadata: dict[str, str]) -> str:
+    """The rule by which A1111 1.10 sorts adapters and hides those of another family."""
+    if not metadata:
+        return "unknown"
+    if metadata.get("ss_base_model_version", "").startswith("sdxl_"):
+        return "sdxl"
+    return "sd21" if metadata.get("ss_v2") == "True" else "sd15"
+
+
+@pytest.mark.parametrize("source", ["diffusers", "peft"])
+@pytest.mark.parametrize(
+    ("net", "adapted", "family"),
+    [
+        (SD15, r"\.attn2\.", "sd15"),
+        (SD21, r"\.attn2\.", "sd21"),
+        (SDXL, r"\.attn2\.", "sdxl"),
+        (SDXL, r"(down|up)\.\d\.layers\.0\.attention\..+\.to_q", "sdxl"),  # of KOALA, too
+        (SD15, r"\.attention\.proj_", "sd15"),
+        (SD21, r"\.attention\.proj_", "sd21"),
+        (SD21, r"\.ff\.", "unknown"),  # of the same widths in SD1 and SD2
+        (SDXL, r"mid\.layers\.0\.attention\.blocks\.0\.attn1\.", "unknown"),  # in all three
+    ],
+)
+def test_uis_are_told_the_family_where_the_layers_tell_it(
+    tmp_path: Path, source: Dialect, net: UNetSpec, adapted: str, family: str
+) -> None:
+    pairs = {
+        name: LoRAPair(
+            down=torch.ones(1, *shape[1:]),
+            up=torch.ones(shape[0], 1, *(1 for _ in shape[2:])),
+            alpha=1.0,
+        )
+        for name, shape in shapes_of(net).items()
+        if re.search(adapted, name)
+    }
+    given, output, again = tmp_path / "given", tmp_path / "output", tmp_path / "again"
+    write_adapter(pairs, given, dialect=source, metadata={})
+    export(given, output, dialect="kohya", precision="fp16", overwrite=False)
+    metadata = read_header(output).metadata
+    assert seen_by_a1111(metadata) == family
+    versions = {"sd15": "sd_v1", "sd21": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+    if family in versions:
+        hashes = {"sshs_model_hash", "modelspec.hash_sha256"}
+        assert metadata.keys() == {"ss_base_model_version", "ss_v2"} | hashes
+        assert metadata["ss_base_model_version"] == versions[family]
+        assert metadata["ss_v2"] == str(family == "sd21")
+    export(output, again, dialect="diffusers", precision="fp16", overwrite=False)
+    told = {key: v for key, v in read_header(again).metadata.items() if key.startswith("ss_")}
+    assert told == {key: v for key, v in metadata.items() if key.startswith("ss_")}
+
+
+def test_a_family_that_the_header_tells_stays(tmp_path: Path) -> None:
+    given, output = tmp_path / "given", tmp_path / "output"
+    pairs = {
+        "mid.layers.0.attention.blocks.0.attn2.to_k": LoRAPair(
+            down=torch.ones(1, 1024), up=torch.ones(1280, 1), alpha=1.0
+        )
+    }
+    told = {"ss_base_model_version": "sd_v2_v", "ss_v2": "True", "ss_network_dim": "1"}
+    write_adapter(pairs, given, dialect="diffusers", metadata=told)
+    export(given, output, dialect="kohya", precision="fp16", overwrite=False)
+    metadata = read_header(output).metadata
+    assert {key: v for key, v in metadata.items() if key.startswith("ss_")} == told
 
 
 def test_a_run_a_checkpoint_and_a_file_are_all_sources(finished: Path, tmp_path: Path) -> None:
