@@ -132,7 +132,7 @@ def implied_shapes(path: Path, nets: Iterable[Shapes]) -> dict[str, tuple[int, .
     Args:
         path: a safetensors file, or a folder of PEFT.
         nets: those that may be it. The one that has most of its keys, and of these most of its
-            shapes, is it; the first of those that are equal.
+            shapes, is it; the first of those that are equal, 1×1 kernels included.
 
     Returns:
         Every layer of that net. Where a shape is not that of the adapter's matrices, as in a
@@ -173,7 +173,8 @@ def write_adapter(
         path: of a file, replaced when it exists; for PEFT of a folder that does not exist yet.
         dialect: whose names are written.
         dtype: of the matrices.
-        metadata: text for the header, which also gets the SHA-256 of the data.
+        metadata: text for the header, which also gets the SHA-256 of the data; kohya's gets none
+            where there is no other, for A1111 takes what has any but a family for SD1.
         modules: our names of every linear layer and convolution of the net, for kohya's own names
             of SDXL; None where they are not known: then the file has diffusers' names, with
             underscores, which every reader takes as well.
@@ -191,7 +192,8 @@ def write_adapter(
         tensors = cast(kohya.weights(pairs, names), dtype)
         tensors |= cast(kohya.alphas(pairs, names), torch.float32)
         digest = data_sha256(tensors)
-        save_tensors(tensors, path, {**metadata, KOHYA_SHA256: digest, SHA256: f"0x{digest}"})
+        hashes = {KOHYA_SHA256: digest, SHA256: f"0x{digest}"} if metadata else {}
+        save_tensors(tensors, path, {**metadata, **hashes})
     elif dialect == "diffusers":
         tensors = cast(peft.weights(pairs, peft.DIFFUSERS_PREFIX), dtype)
         fields = {peft.DIFFUSERS_PREFIX + key: v for key, v in peft.config(pairs).items()}
@@ -231,16 +233,23 @@ def _dialect(file: Path, header: Header) -> Dialect:
 
 
 def _closest(header: Header, dialect: Dialect, nets: Iterable[Shapes]) -> tuple[Shapes, KeyTable]:
-    """The net that leaves the fewest keys and then the fewest shapes unexplained, and its keys."""
-    found: tuple[tuple[int, int], Shapes, KeyTable] | None = None
+    """The net that leaves the fewest keys and then the fewest shapes unexplained, and its keys.
+
+    Of those that are equal it is the one whose very shapes the file has: SD1's projections are 1×1
+    convolutions, and where no attention is adapted nothing else tells them from SD2's.
+    """
+    found: tuple[tuple[int, ...], Shapes, KeyTable] | None = None
     for net in nets:
         table = KEYS[dialect](list(net))
         parts, unknown, _ = _sorted(header, table)
         whole = {module: p for module, p in parts.items() if {"down", "up"} <= p.keys()}
         misfits = sum(bool(_misfits(header, p, net[module])) for module, p in whole.items())
-        if found is None or (len(unknown), misfits) < found[0]:
-            found = (len(unknown), misfits), net, table
-        if found[0] == (0, 0):
+        kernels = {module: header.tensors[p["down"]].shape[1:] for module, p in whole.items()}
+        others = sum(kernel != net[module][1:] for module, kernel in kernels.items())
+        distance = (len(unknown), misfits, others)
+        if found is None or distance < found[0]:
+            found = distance, net, table
+        if not any(found[0]):
             break
     if found is None:
         raise ValueError("no net is given")

@@ -63,11 +63,11 @@ def weights(
             by; None where they are not known.
     """
     names = _names(pairs, modules)
+    scaled = not _one_alpha(pairs)
     found = {}
     for module, pair in pairs.items():
-        scale = 1 if _one_alpha(pairs) else pair.alpha / pair.rank
         found[f"{names[module]}.lora_down.weight"] = pair.down
-        found[f"{names[module]}.lora_up.weight"] = pair.up * scale
+        found[f"{names[module]}.lora_up.weight"] = _scaled_up(pair) if scaled else pair.up
     return found
 
 
@@ -101,6 +101,12 @@ def _like_compvis(modules: Iterable[str]) -> dict[str, str]:
         module: "lora_unet_" + name.replace(".", "_")
         for module, name in to_compvis(modules).items()
     }
+
+
+def _scaled_up(pair: LoRAPair) -> Tensor:
+    """In float32 at least: 16 bits would round it before it is written in a larger type."""
+    up = pair.up.to(torch.promote_types(pair.up.dtype, torch.float32))
+    return up * (pair.alpha / pair.rank)
 
 
 def _one_alpha(pairs: Mapping[str, LoRAPair]) -> bool:

@@ -14,7 +14,7 @@ from eri import __version__
 from eri.formats.diffusers_folder import Prediction
 from eri.formats.parts import Family
 
-__all__ = ["Folder", "adapter_metadata", "data_metadata", "without_data"]
+__all__ = ["Folder", "adapter_metadata", "data_metadata", "family_metadata", "without_data"]
 
 # (family, prediction): kohya's base version, and the architecture of the Model Spec
 BASES: dict[tuple[Family, Prediction], tuple[str, str]] = {
@@ -79,9 +79,8 @@ def adapter_metadata(
         zero_terminal_snr: whether the last timestep is pure noise.
         trigger_phrase: what a prompt needs for the adapter to show.
     """
-    version, architecture = BASES[family, prediction]
-    metadata = {
-        "ss_base_model_version": version,
+    architecture = BASES[family, prediction][1]
+    metadata = family_metadata(family, prediction) | {
         "ss_clip_skip": str(clip_skip),
         "ss_network_alpha": f"{alpha:g}",
         "ss_network_dim": str(rank),
@@ -89,7 +88,6 @@ def adapter_metadata(
         "ss_output_name": name,
         "ss_resolution": str((resolution, resolution)),
         "ss_steps": str(steps),
-        "ss_v2": str(family == "sd21"),
         "ss_zero_terminal_snr": str(zero_terminal_snr),
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": IMPLEMENTATIONS[family],
@@ -106,6 +104,17 @@ def adapter_metadata(
     if trigger_phrase:
         metadata["modelspec.trigger_phrase"] = trigger_phrase
     return metadata
+
+
+def family_metadata(family: Family, prediction: Prediction = "epsilon") -> dict[str, str]:
+    """The text that UIs tell the family by; A1111 takes an adapter with any other text for SD1.
+
+    Args:
+        family: of the base model.
+        prediction: what the net predicts; where that is not known the family's plain name stands.
+    """
+    version = BASES[family, prediction][0]
+    return {"ss_base_model_version": version, "ss_v2": str(family == "sd21")}
 
 
 @dataclass(frozen=True)

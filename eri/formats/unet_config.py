@@ -33,6 +33,15 @@ FIELDS = (
     "projection_class_embeddings_input_dim",
     "addition_embed_type_num_heads",  # of a kind of embedding that is refused
 )
+AVERAGING = (  # how diffusers' EMAModel averaged the weights, kept beside the U-Net's own fields
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+)
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),
     "addition_embed_type": ("text_time",),
@@ -100,7 +109,7 @@ def unet_config(folder: Path) -> UNetConfigFields:
     """
     config = ForeignConfig(folder / "config.json")
     config.choice("_class_name", ["UNet2DConditionModel"], default="UNet2DConditionModel")
-    config.require_known(SUPPORTED, FIELDS)
+    config.require_known(SUPPORTED, FIELDS + AVERAGING)
     down = config.words("down_block_types", list(WITH_ATTENTION))
     attention = tuple(WITH_ATTENTION[name] for name in down)
     mirrored = tuple(UP_NAMES[has] for has in reversed(attention))

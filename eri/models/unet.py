@@ -15,6 +15,7 @@ from eri.formats.parts import Family
 from eri.layers import Conv2d, GroupNorm, Linear
 from eri.layers.frozen_conv import frozen_conv
 from eri.layers.group_norm_silu import group_norm_silu
+from eri.layers.lora import base_of
 from eri.models.stage import LoRAUNetBlock, UNetConfig
 
 __all__ = ["UNet", "UNetSpec", "sinusoid"]
@@ -112,12 +113,12 @@ class UNet(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What the net computes in; adapters may keep their matrices in another type."""
-        return self.conv_in.weight.dtype
+        return base_of(self.conv_in).weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the net is."""
-        return self.conv_in.weight.device
+        return base_of(self.conv_in).weight.device
 
     def forward(
         self,

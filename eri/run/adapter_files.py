@@ -1,5 +1,6 @@
 """Adapter files of runs, checkpoints and other programs: found, and written for sure."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -9,6 +10,7 @@ import torch
 
 from eri.adapters import layer_shapes
 from eri.errors import EriError, ModelError
+from eri.files import disk_errors, remove_folder
 from eri.formats.adapter_file import (
     Dialect,
     LoRAPair,
@@ -18,6 +20,7 @@ from eri.formats.adapter_file import (
     underflow,
     write_adapter,
 )
+from eri.formats.parts import Family
 from eri.models.spec import SD15, SD21, SDXL
 from eri.models.unet import UNet, UNetSpec
 from eri.printable import printable
@@ -25,6 +28,7 @@ from eri.run import checkpoints
 
 __all__ = [
     "CONFIG",
+    "family_of",
     "find_adapter",
     "finished_adapter",
     "holds",
@@ -65,6 +69,17 @@ def _known_nets() -> Iterator[Shapes]:
     sdxl = _layers_of(SDXL)
     yield {name: shape for name, shape in sdxl.items() if not SECOND_LAYER.fullmatch(name)}
     yield sdxl
+
+
+def family_of(adapted: Shapes) -> Family | None:
+    """The family of the nets that have these layers; None where those of several or none do.
+
+    Args:
+        adapted: the layers that an adapter changes, out of `layers_in`.
+    """
+    specs = (SD15, SD21, SDXL)
+    found: list[Family] = [s.family for s in specs if adapted.items() <= _layers_of(s).items()]
+    return found[0] if len(found) == 1 else None
 
 
 @cache
@@ -179,19 +194,63 @@ def write_verified(
         layers: all of the net's.
 
     Raises:
-        ModelError: what is on the disk is not what was written.
+        ModelError: what is on the disk is not what was written; it is deleted.
     """
     write_adapter(pairs, path, dialect=dialect, dtype=dtype, metadata=metadata, modules=layers)
+    try:
+        _require_same(pairs, path, dtype, layers)
+    except EriError:
+        _delete(path)
+        raise
+
+
+def _require_same(
+    pairs: Mapping[str, LoRAPair], path: Path, dtype: torch.dtype, layers: Shapes
+) -> None:
     back = read_adapter(path, layers).pairs
     for name, pair in pairs.items():
         again = back.get(name)
-        if again is None or not _same(pair, again, dtype):
+        if again is None or not _same_update(pair, again, dtype):
             raise ModelError(f"{name} does not read back as it was written", where=printable(path))
+
+
+def _delete(path: Path) -> None:
+    with disk_errors(path):
+        if path.is_dir():
+            remove_folder(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _same(written: LoRAPair, read: LoRAPair, dtype: torch.dtype) -> bool:
     return (
-        torch.equal(written.down.cpu().to(dtype), read.down.to(dtype))
-        and torch.equal(written.up.cpu().to(dtype), read.up.to(dtype))
-        and abs(written.alpha - read.alpha) <= 1e-3 * abs(written.alpha)
+        _equal(written.down, read.down, dtype)
+        and _equal(written.up, read.up, dtype)
+        and _same_alpha(written, read)
     )
+
+
+def _same_update(written: LoRAPair, read: LoRAPair, dtype: torch.dtype) -> bool:
+    """Whether the pairs are the same, or `up` holds the scale that the other has beside it.
+
+    A dialect may fold alpha / r into `up`, which rounds each number anew.
+    """
+    if _same_alpha(written, read):
+        return _same(written, read, dtype)
+    ours, theirs = (pair.up.cpu().double() * (pair.alpha / pair.rank) for pair in (written, read))
+    limits = torch.finfo(dtype)
+    least = limits.tiny * limits.eps  # a number below `tiny` is rounded to a multiple of it
+    return (
+        _equal(written.down, read.down, dtype)
+        and ours.shape == theirs.shape
+        and torch.allclose(theirs, ours, rtol=limits.eps, atol=least)
+    )
+
+
+def _same_alpha(written: LoRAPair, read: LoRAPair) -> bool:
+    """Files hold it in float32."""
+    return math.isclose(written.alpha, read.alpha, rel_tol=1e-7)
+
+
+def _equal(written: torch.Tensor, read: torch.Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(written.cpu().to(dtype), read.to(dtype))

@@ -5,10 +5,16 @@ from pathlib import Path
 import torch
 
 from eri.files import require_space
-from eri.formats.adapter_file import Dialect, read_adapter
-from eri.formats.metadata import without_data
+from eri.formats.adapter_file import AdapterFile, Dialect, Shapes, read_adapter
+from eri.formats.metadata import family_metadata, without_data
 from eri.printable import printable
-from eri.run.adapter_files import find_adapter, layers_in, lost_line, write_verified
+from eri.run.adapter_files import (
+    family_of,
+    find_adapter,
+    layers_in,
+    lost_line,
+    write_verified,
+)
 from eri.run.folder import refuse_existing
 
 __all__ = ["export"]
@@ -20,7 +26,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 def export(source: Path, output: Path, *, dialect: Dialect, precision: str, overwrite: bool) -> str:
     """Write the adapter of a run, a checkpoint or a file in another dialect.
 
-    What its header tells of the training data is left out.
+    What its header tells of the training data is left out; the family of its base model, by which
+    UIs sort adapters, is added where its layers tell it and its header does not.
 
     Args:
         source: a run, a checkpoint, an adapter file or a PEFT folder.
@@ -50,9 +57,18 @@ def export(source: Path, output: Path, *, dialect: Dialect, precision: str, over
         output,
         dialect=dialect,
         dtype=DTYPES[precision],
-        metadata=without_data(adapter.metadata),
+        metadata=_metadata(adapter, layers),
         layers=layers,
     )
     said = f"{printable(output)}: {len(adapter.pairs)} modules, {dialect} names, {precision}"
     lost = lost_line(adapter.pairs, DTYPES[precision], kept_by="--dtype fp32")
     return said if lost is None else f"{said}\n{lost}"
+
+
+def _metadata(adapter: AdapterFile, layers: Shapes) -> dict[str, str]:
+    """What its header tells of the adapter, and of the family where nothing does but its layers."""
+    told = without_data(adapter.metadata)
+    family = family_of({name: layers[name] for name in adapter.pairs})
+    if family is None or told.keys() & family_metadata(family).keys():
+        return told
+    return told | family_metadata(family)

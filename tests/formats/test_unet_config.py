@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 
 from eri.errors import ModelError
-from eri.formats.unet_config import UNetConfigFields, unet_config
+from eri.formats.unet_config import AVERAGING, UNetConfigFields, unet_config
 
 SD15 = {
     "_class_name": "UNet2DConditionModel",
@@ -119,6 +120,20 @@ def test_what_diffusers_saves_is_read(tmp_path: Path) -> None:
     found = unet_config(tmp_path)
     assert found.block_channels == (32, 64, 64, 64)
     assert found.context_dim == 24
+
+
+def test_an_averaged_net_is_read_as_the_net_that_it_is(tmp_path: Path) -> None:
+    """diffusers puts the settings of its EMAModel among the fields of the U-Net."""
+    tiny = {"block_out_channels": (32, 64, 64, 64), "attention_head_dim": 4, "sample_size": 8}
+    net = UNet2DConditionModel(**tiny, cross_attention_dim=24)
+    averaged = EMAModel(net.parameters(), model_cls=type(net), model_config=net.config)
+    net.save_pretrained(tmp_path / "unet")
+    averaged.save_pretrained(tmp_path / "unet_ema")
+    plain, added = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("unet", "unet_ema")
+    )
+    assert added.keys() - plain.keys() == {*AVERAGING}
+    assert unet_config(tmp_path / "unet_ema") == unet_config(tmp_path / "unet")
 
 
 @pytest.mark.parametrize(

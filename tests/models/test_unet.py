@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from eri.adapters import layer_shapes, load_adapter
+from eri.formats.adapter_file import LoRAPair, write_adapter
 from eri.models import load_unet
 from eri.models.unet import sinusoid
 
@@ -38,6 +40,34 @@ def test_the_spec_says_what_it_is(sd15: Path) -> None:
     assert spec.family == "sd15"
     assert (spec.divisor, spec.context_dim, spec.sample_size) == (8, 32, 8)
     assert (len(spec.down), len(spec.up)) == (4, 4)
+
+
+def test_with_an_adapter_on_every_layer_it_is_still_told_and_used(
+    sd15: Path, tmp_path: Path
+) -> None:
+    unet = load_unet(sd15, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    pairs = {
+        name: LoRAPair(
+            down=torch.randn(2, *shape[1:]),
+            up=torch.randn(shape[0], 2, *(1 for _ in shape[2:])),
+            alpha=0.1,
+        )
+        for name, shape in layer_shapes(unet).items()
+    }
+    assert "conv_in" in pairs
+    path = tmp_path / "a.safetensors"
+    write_adapter(pairs, path, dialect="kohya", metadata={})
+    x, t, context = torch.randn(1, 4, 8, 8), torch.tensor([300]), torch.randn(1, 7, 32)
+    inputs = x.bfloat16(), t, context.bfloat16()
+    with torch.no_grad():
+        plain = unet(*inputs)
+        adapter = load_adapter(unet, path)
+        assert adapter.layers.keys() == pairs.keys()
+        assert (unet.dtype, unet.device) == (torch.bfloat16, torch.device("cpu"))
+        adapted = unet(*inputs)
+    assert adapted.isfinite().all()
+    assert relative(adapted.float(), plain.float()) > 0.1
 
 
 @pytest.mark.parametrize(

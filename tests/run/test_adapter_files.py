@@ -3,13 +3,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from eri.adapters import attach, layer_shapes
+from eri.adapters import layer_shapes
 from eri.errors import ModelError
-from eri.formats import adapter_file
 from eri.formats.adapter_file import Dialect, LoRAPair, read_adapter, write_adapter
 from eri.formats.header import read_header
 from eri.formats.tensors import save_tensors
@@ -21,6 +21,8 @@ from eri.run import adapter_files
 from eri.run.adapter_files import find_adapter, layers_in, shapes_of, write_verified
 
 Layers = dict[str, tuple[int, ...]]
+PROJ = r"attention\.proj_(in|out)$"
+FF_AND_PROJ = rf"\.ff\.|{PROJ}"  # whose widths are the same in SD1 and SD2
 
 
 def pairs_for(layers: Layers) -> dict[str, LoRAPair]:
@@ -97,8 +99,23 @@ def test_an_adapter_of_every_family_is_read_without_its_model(
         (SDXL, r"up\.0\.layers\.[01]\.attention"),  # a style and a content, as B-LoRA has them
         (SD21, r"mid\.layers\.0\.attention"),  # these two have names that SD1.5 has too
         (SDXL, r"(down|up)\.1\.layers\.0\.attention\.(proj|blocks\.0)"),
+        (SD15, PROJ),
+        (SD21, PROJ),
+        (SD15, FF_AND_PROJ),
+        (SD21, FF_AND_PROJ),
     ],
-    ids=["sd15", "sd21", "sdxl", "some blocks", "names of sd15", "more names of sd15"],
+    ids=[
+        "sd15",
+        "sd21",
+        "sdxl",
+        "some blocks",
+        "names of sd15",
+        "more names of sd15",
+        "sd15 proj",
+        "sd21 proj",
+        "sd15 ff+proj",
+        "sd21 ff+proj",
+    ],
 )
 @pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
 def test_the_net_is_the_one_whose_names_and_shapes_it_has(
@@ -155,25 +172,60 @@ def test_an_adapter_of_another_kind_of_net_is_refused(tmp_path: Path) -> None:
             layers_in(path)
 
 
-def test_what_does_not_read_back_as_it_was_written_is_refused(
-    sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers", "peft"])
+@pytest.mark.parametrize("alphas", [(1.0, 1.0), (0.3, 8.0)], ids=["one alpha", "two alphas"])
+@pytest.mark.parametrize(
+    ("broken", "problem"),
+    [
+        ("down", "does not read back"),
+        ("up", "does not read back"),
+        ("alpha", "does not read back"),
+        ("the end", "bytes"),
+    ],
+)
+def test_what_does_not_read_back_as_it_was_written_is_refused_and_deleted(
+    sd15: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dialect: Dialect,
+    alphas: tuple[float, float],
+    broken: str,
+    problem: str,
 ) -> None:
-    unet = load_unet(sd15)
-    layers = layer_shapes(unet)
-    pairs = attach(unet, rank=1).pairs()
+    layers = shapes_of(build_spec(unet_config(sd15 / "unet")))
+    pairs = {
+        name: replace(pair, alpha=alphas[name == "conv_in"])
+        for name, pair in pairs_for(some(layers, "^conv_in|^mid")).items()
+    }
+    path = tmp_path / "a"
 
-    def write(path: Path) -> None:
-        write_verified(
-            pairs, path, dialect="kohya", dtype=torch.float16, metadata={}, layers=layers
-        )
+    def write() -> None:
+        dtype = torch.float16
+        write_verified(pairs, path, dialect=dialect, dtype=dtype, metadata={}, layers=layers)
 
-    write(tmp_path / "good.safetensors")
+    def write_wrong(
+        pairs: dict[str, LoRAPair], path: Path, *, dialect: Dialect, **rest: Any
+    ) -> None:
+        write_adapter(pairs | wrong, path, dialect=dialect, **rest)
+        file = path / "adapter_model.safetensors" if dialect == "peft" else path
+        if broken == "the end":
+            file.write_bytes(file.read_bytes()[:-1])
 
-    def write_wrong(pairs: dict[str, LoRAPair], *args: object, **kwargs: object) -> None:
-        name, pair = next(iter(pairs.items()))
-        wrong = LoRAPair(down=pair.down * 1.01, up=pair.up, alpha=pair.alpha)
-        adapter_file.write_adapter({**pairs, name: wrong}, *args, **kwargs)  # type: ignore[arg-type]
+    name = "mid.layers.0.attention.blocks.0.attn2.to_k"
+    wrong = {name: changed(pairs[name], broken)} if broken != "the end" else {}
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter_files, "write_adapter", write_wrong)
+        with pytest.raises(ModelError, match=problem):
+            write()
+    assert list(tmp_path.iterdir()) == []
+    write()
+    assert list(tmp_path.iterdir()) == [path]
 
-    monkeypatch.setattr(adapter_files, "write_adapter", write_wrong)
-    with pytest.raises(ModelError, match="does not read back"):
-        write(tmp_path / "bad.safetensors")
+
+def changed(pair: LoRAPair, part: str) -> LoRAPair:
+    """The pair with one number that is a little different."""
+    if part == "alpha":
+        return replace(pair, alpha=pair.alpha * 1.01)
+    matrix = getattr(pair, part).clone()
+    matrix[-1, -1] *= 1.01
+    return replace(pair, **{part: matrix})

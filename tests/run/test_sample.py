@@ -2,12 +2,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from eri.adapters import attach
+from eri.adapters import attach, layer_shapes
 from eri.config import ModelSource
 from eri.errors import ConfigError, OccupiedError
-from eri.formats.adapter_file import write_adapter
+from eri.formats.adapter_file import LoRAPair, write_adapter
 from eri.layers.backend import current_backend, set_backend
 from eri.models import load_unet
 from eri.run.sample import Drawing, draw
@@ -97,6 +98,25 @@ def test_a_run_brings_its_model_and_its_adapter(
     assert of_run != plain
     assert drawn(replace(by_file, strength=0.0), tmp_path / "zero.png") == plain
     assert of_run == drawn(replace(drawing, adapter=finished), tmp_path / "of_run.png")
+
+
+def test_an_adapter_on_every_layer_is_drawn(
+    drawing: Drawing, shallow: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    pairs = {
+        name: LoRAPair(
+            down=torch.randn(1, *shape[1:]),
+            up=torch.randn(shape[0], 1, *(1 for _ in shape[2:])),
+            alpha=0.1,
+        )
+        for name, shape in layer_shapes(load_unet(shallow)).items()
+    }
+    assert {"conv_in", "conv_out"} < pairs.keys()
+    path = tmp_path / "every.safetensors"
+    write_adapter(pairs, path, dialect="kohya", metadata={})
+    adapted = drawn(replace(drawing, adapter=path), tmp_path / "adapted.png")
+    assert adapted != drawn(drawing, tmp_path / "plain.png")
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"guidance": 7.0}, {"steps": 3}])
