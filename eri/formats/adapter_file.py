@@ -23,6 +23,7 @@ from eri.formats.tensors import cast, data_sha256, load_tensors, save_tensors
 from eri.printable import first_few, printable
 
 __all__ = [
+    "PEFT_FILES",
     "AdapterFile",
     "Dialect",
     "LoRAPair",
@@ -38,7 +39,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Weight shape of every linear layer and convolution of a net, by our name."""
 Found = dict[str, dict[Part, str]]  # key of each part of each module
 
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_CONFIG, PEFT_WEIGHTS = PEFT_FILES = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_CONFIG = "lora_adapter_metadata"  # of the header's metadata
 KEYS: dict[Dialect, Callable[[Sequence[str]], KeyTable]] = {
     "kohya": kohya.keys,

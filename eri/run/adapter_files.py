@@ -12,6 +12,7 @@ from eri.adapters import layer_shapes
 from eri.errors import EriError, ModelError
 from eri.files import disk_errors, remove_folder
 from eri.formats.adapter_file import (
+    PEFT_FILES,
     Dialect,
     LoRAPair,
     Shapes,
@@ -156,6 +157,12 @@ def find_adapter(source: Path) -> Path:
     if not source.exists():
         raise ModelError(
             "no such file or folder", where=printable(source), hint="name a run or an adapter file"
+        )
+    if source.is_dir() and not any((source / name).exists() for name in PEFT_FILES):
+        raise ModelError(
+            "no adapter in this folder",
+            where=printable(source),
+            hint="name an adapter file, a run, a checkpoint or a folder of PEFT",
         )
     return source
 

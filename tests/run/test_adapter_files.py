@@ -57,6 +57,9 @@ def test_the_finished_adapter_of_a_run_else_that_of_its_newest_checkpoint(
         find_adapter(run)
     with pytest.raises(ModelError, match="no such file"):
         find_adapter(tmp_path / "absent")
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ModelError, match="no adapter in this folder"):
+        find_adapter(tmp_path / "photos")
 
 
 def test_the_layers_of_a_spec_are_those_of_the_net(sd15: Path) -> None:
