@@ -89,7 +89,7 @@ def run_name(text: str) -> str:
     """
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:100].strip("-.")
     if not text.isascii():
-        own = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:6]
+        own = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:6]
         return f"{name or 'run'}-{own}"
     reserved = re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name)
     return f"run-{name}" if reserved else name or "run"

@@ -93,6 +93,7 @@ def test_a_link_may_lead_into_a_folder_that_is_named(tmp_path: Path) -> None:
         ("日本", "run-cf2abf"),
         ("犬", "run-1e82f9"),
         ("", "run"),
+        ("\ud800", "run-91a681"),
         ("..", "run"),
         ("CON", "run-CON"),
         ("nul.txt", "run-nul.txt"),
