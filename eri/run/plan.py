@@ -135,7 +135,8 @@ def _lines(
 ) -> tuple[str, ...]:
     """What people are told of a plan."""
     train, device, dtype, choice = config.train, plan.device, plan.dtype, plan.choice
-    left = max(plan.loop.steps - done, 0)
+    done = min(done, plan.loop.steps)
+    left = plan.loop.steps - done
     samples = run_samples(train, plan.batches, plan.loop.steps) * left // plan.loop.steps
     counts = _counts(plan.batches)
     slower = leaves_fast_path(config, device, dtype, plan.memory.recompute)

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from eri.adapters import layer_shapes, load_adapter
-from eri.formats.adapter_file import LoRAPair, write_adapter
+from eri.formats.adapter_file import write_adapter
 from eri.models import load_unet
 from eri.models.unet import sinusoid
+from tests.pairs import random_pair
 
 
 def relative(mine: Tensor, theirs: Tensor) -> float:
@@ -48,12 +49,7 @@ def test_with_an_adapter_on_every_layer_it_is_still_told_and_used(
     unet = load_unet(sd15, dtype=torch.bfloat16)
     torch.manual_seed(0)
     pairs = {
-        name: LoRAPair(
-            down=torch.randn(2, *shape[1:]),
-            up=torch.randn(shape[0], 2, *(1 for _ in shape[2:])),
-            alpha=0.1,
-        )
-        for name, shape in layer_shapes(unet).items()
+        name: random_pair(shape, rank=2, alpha=0.1) for name, shape in layer_shapes(unet).items()
     }
     assert "conv_in" in pairs
     path = tmp_path / "a.safetensors"

@@ -19,6 +19,7 @@ from eri.models.spec import SD15, SD21, SDXL, build_spec
 from eri.models.unet import UNetSpec
 from eri.run import adapter_files
 from eri.run.adapter_files import find_adapter, layers_in, shapes_of, write_verified
+from tests.pairs import random_pair
 
 Layers = dict[str, tuple[int, ...]]
 PROJ = r"attention\.proj_(in|out)$"
@@ -28,14 +29,7 @@ FF_AND_PROJ = rf"\.ff\.|{PROJ}"  # whose widths are the same in SD1 and SD2
 def pairs_for(layers: Layers) -> dict[str, LoRAPair]:
     """A pair of rank 1 for each of these layers."""
     torch.manual_seed(0)
-    return {
-        name: LoRAPair(
-            down=torch.randn(1, *shape[1:]),
-            up=torch.randn(shape[0], 1, *(1 for _ in shape[2:])),
-            alpha=1.0,
-        )
-        for name, shape in layers.items()
-    }
+    return {name: random_pair(shape, rank=1, alpha=1.0) for name, shape in layers.items()}
 
 
 def some(layers: Mapping[str, tuple[int, ...]], pattern: str) -> Layers:

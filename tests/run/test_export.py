@@ -21,6 +21,7 @@ from eri.models.spec import SD15, SD15_FIELDS, SD21, SD21_FIELDS, SDXL, build_sp
 from eri.models.unet import UNet, UNetSpec
 from eri.run.adapter_files import layers_in, shapes_of
 from eri.run.export import DTYPES, export
+from tests.pairs import random_pair
 
 
 @pytest.mark.parametrize("dialect", ["kohya", "diffusers", "peft"])
@@ -47,11 +48,7 @@ def test_once_around_all_dialects_changes_nothing(
     layers = shapes_of(build_spec(unet_config(request.getfixturevalue(family) / "unet")))
     torch.manual_seed(0)
     pairs = {
-        name: LoRAPair(
-            down=torch.randn(2, *shape[1:]),
-            up=torch.randn(shape[0], 2, *(1 for _ in shape[2:])),
-            alpha=3.0,
-        )
+        name: random_pair(shape, rank=2, alpha=3.0)
         for name, shape in layers.items()
         if ".attention." in name
     }
@@ -185,11 +182,7 @@ def test_uis_are_told_the_family_where_the_layers_tell_it(
     tmp_path: Path, source: Dialect, net: UNetSpec, adapted: str, family: str
 ) -> None:
     pairs = {
-        name: LoRAPair(
-            down=torch.ones(1, *shape[1:]),
-            up=torch.ones(shape[0], 1, *(1 for _ in shape[2:])),
-            alpha=1.0,
-        )
+        name: random_pair(shape, rank=1, alpha=1.0)
         for name, shape in shapes_of(net).items()
         if re.search(adapted, name)
     }

@@ -8,11 +8,12 @@ from PIL import Image
 from eri.adapters import attach, layer_shapes
 from eri.config import ModelSource
 from eri.errors import ConfigError, OccupiedError
-from eri.formats.adapter_file import LoRAPair, write_adapter
+from eri.formats.adapter_file import write_adapter
 from eri.layers.backend import current_backend, set_backend
 from eri.models import load_unet
 from eri.run.sample import Drawing, draw
 from tests.families import single_file
+from tests.pairs import random_pair
 
 
 @pytest.fixture
@@ -105,11 +106,7 @@ def test_an_adapter_on_every_layer_is_drawn(
 ) -> None:
     torch.manual_seed(0)
     pairs = {
-        name: LoRAPair(
-            down=torch.randn(1, *shape[1:]),
-            up=torch.randn(shape[0], 1, *(1 for _ in shape[2:])),
-            alpha=0.1,
-        )
+        name: random_pair(shape, rank=1, alpha=0.1)
         for name, shape in layer_shapes(load_unet(shallow)).items()
     }
     assert {"conv_in", "conv_out"} < pairs.keys()
